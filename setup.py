@@ -1,0 +1,56 @@
+"""Build bgem3_nb from settings.ini, the one source of metadata."""
+from configparser import ConfigParser
+from pathlib import Path
+from shutil import copyfile
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=["="], inline_comment_prefixes=None)
+config.read(here / "settings.ini", encoding="utf-8")
+cfg = config["DEFAULT"]
+
+
+def requirements(key): return cfg.get(key, "").split()
+
+
+extras = {k: requirements(f"{k}_requirements") for k in ("embedded", "data", "jobs", "dev")}
+extras["all"] = sorted({r for k in ("embedded", "data", "jobs") for r in extras[k]})
+extras["dev"] = sorted({*extras["dev"], *extras["all"]})
+
+
+class BuildWithJobs(build_py):
+    "Put the job notebooks and their parameter files into the wheel, where `bgem3-job` finds them."
+    def run(self):
+        super().run()
+        for folder, pattern in (("nbs", "5[0-9]_*.ipynb"), ("params", "*.yaml")):
+            for src in sorted((here / folder).glob(pattern)):
+                dst = Path(self.build_lib) / cfg["lib_name"] / "job_files" / folder / src.name
+                dst.parent.mkdir(parents=True, exist_ok=True)
+                copyfile(src, dst)
+
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license=cfg["license"].upper(),
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    keywords=cfg["keywords"],
+    packages=find_packages(include=[cfg["lib_name"], cfg["lib_name"] + ".*"]),
+    python_requires=f">={cfg['min_python']}",
+    install_requires=requirements("requirements"),
+    extras_require=extras,
+    entry_points={"console_scripts": requirements("console_scripts"),
+                  "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    cmdclass={"build_py": BuildWithJobs},
+    classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Developers",
+                 "Natural Language :: English"]
+    + [f"Programming Language :: Python :: 3.{v}" for v in range(10, 14)],
+    zip_safe=False,
+)
