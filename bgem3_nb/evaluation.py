@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METRICS', 'UNSPACED', 'ARABIC_SIGNS', 'ARABIC_LETTERS', 'ARABIC_ARTICLE', 'relevant_ranks', 'Evaluation',
            'evaluate_scores', 'evaluate_modes', 'word_tokens', 'bm25_scores', 'bootstrap_interval', 'table',
-           'Comparison', 'paired', 'holm', 'plot_intervals', 'fit_weights']
+           'Comparison', 'paired', 'holm', 'plot_intervals', 'fit_weights', 'validation_metrics']
 
-# %% ../nbs/31_evaluation.ipynb #c92c47ff
+# %% ../nbs/31_evaluation.ipynb #776cc569
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 from scipy.stats import bootstrap, permutation_test
+
+from .scoring import fuse
 
 # %% ../nbs/31_evaluation.ipynb #cf147dfa
 def _checked(scores, qrels):
@@ -288,3 +290,13 @@ def fit_weights(
                  bounds=[(0, None)] * len(mats), method="L-BFGS-B").x
     w = (w if w.any() else np.ones(len(mats))) / spread
     return dict(zip(scores, (w / w.sum()).tolist()))
+
+# %% ../nbs/31_evaluation.ipynb #d6a954cd
+def validation_metrics(
+    scores: dict[str, np.ndarray],  # mode -> (n_q, n_p)
+    qrels: list[set[int]],          # relevant passages of each query
+    metric: str = "nDCG@10",        # what is computed
+) -> dict[str, float]:              # "dense_nDCG@10" and so on, and "all_nDCG@10"
+    "The mean of one metric for every mode and for their fitted mixture."
+    everything = scores | {"all": fuse(scores, fit_weights(scores, qrels))}
+    return {f"{name}_{metric}": evaluate_scores(s, qrels, (metric,)).mean(metric) for name, s in everything.items()}

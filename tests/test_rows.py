@@ -1,0 +1,176 @@
+"Rows and sources at their edges: bad files, interrupted writes, what a fresh process leaves behind."
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import bgem3_nb.rows as rows_module
+from bgem3_nb.rows import RowError, make_rows, read_rows, write_rows
+from bgem3_nb.sources import load_source
+
+REPO = Path(__file__).parent.parent
+GOOD = '{"query": "q", "pos": ["p"]}\n'
+ROW = {"query": "q", "pos": ["p"]}
+
+
+def line(**fields): return json.dumps({**ROW, **fields}) + "\n"
+
+
+BAD_FILES = {  # name -> content, line, field, part of the sentence
+    "missing.jsonl": (GOOD + '{"query": "q"}\n', 2, "pos", "missing column"),
+    "no_query.jsonl": ('{"pos": ["p"]}\n', 1, "query", "missing column; the row has 'pos'"),
+    "empty_list.jsonl": (GOOD + GOOD + line(pos=[]), 3, "pos", "no positive passage"),
+    "empty_pos.jsonl": (line(pos=["p", " "]), 1, "pos", "item 2: the text is empty"),
+    "null_pos.jsonl": (line(pos=None), 1, "pos", "no positive passage"),
+    "null_item.jsonl": (line(pos=["p", None]), 1, "pos", "item 2: expected text but found NoneType"),
+    "blank_query.jsonl": (line(query=" "), 1, "query", "the text is empty"),
+    "number.jsonl": (line(query=5), 1, "query", "expected text but found int '5'"),
+    "object_neg.jsonl": (GOOD + line(neg={"a": 1}), 2, "neg", "expected a list but found dict"),
+    "blank_neg.jsonl": (line(neg=[""]), 1, "neg", "the text is empty"),
+    "scores.jsonl": (line(pos_scores=[1, 2]), 1, "pos_scores", "2 values for the 1 texts of 'pos'"),
+    "text_score.jsonl": (line(pos_scores=["high"]), 1, "pos_scores", "expected a number but found str 'high'"),
+    "nan_score.jsonl": ('{"query": "q", "pos": ["p"], "pos_scores": [NaN]}\n', 1, "pos_scores", "expected a number"),
+    "typo.jsonl": (GOOD + line(negs=["n"]), 2, "negs", "did you mean 'neg'?"),
+    "extra.jsonl": (line(page=4), 1, "page", "ignore=['page']"),
+    "surrogate.jsonl": ('{"query": "\\ud800", "pos": ["p"]}\n', 1, "query", "surrogate"),
+    "array_line.jsonl": (GOOD + '["q", "p"]\n', 2, "", "expected an object with fields but found list"),
+    "half.jsonl": (GOOD + '{"query": "q", "po', 2, "", "not valid JSON at column"),
+    "latin.jsonl": (GOOD.encode() + b'{"query": "caf\xe9", "pos": ["p"]}\n', 2, "", "not UTF-8"),
+    "gzip.jsonl": (b"\x1f\x8b\x08\x00", 1, "", "not UTF-8"),
+    "empty.jsonl": ("", None, "", "holds no rows"),
+    "array.json": ('[\n{"query": "q", "pos": "p"},\n{"query": "q"}]', 2, "pos", "row 2, field 'pos': missing column"),
+    "broken.json": ('[\n{"query": "q",\n"pos"}]', 3, "", "not valid JSON"),
+    "column.csv": ("query,text\nq,p\n", 2, "text", "unknown column"),
+    "cell.csv": ("query,positive\nq,p\nq,\n", 3, "pos", "no positive passage"),
+    "multiline.csv": ('query,positive\n"q\nq",p\n,p\n', 4, "query", "the text is empty"),
+    "cells.tsv": ("query\tpos\nq\tp\tx\n", 2, "", "3 cells under a header of 2"),
+    "twice.csv": ("query,pos,pos\nq,p,p\n", 1, "pos", "two columns have this name"),
+    "quotes.csv": ('query,pos\nq,p\nq,"p\n', 3, "", "check the quotes"),
+    "header.csv": ("query,pos\n", None, "", "holds no rows"),
+    "broken.parquet": (b"PAR1 and no more", None, "", "not a readable Parquet file"),
+    "rows.txt": (GOOD, None, "", "unknown format '.txt'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_named_with_line_and_field(name, tmp_path):
+    content, line, field, text = BAD_FILES[name]
+    path = tmp_path/name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    for read in (read_rows, load_source):
+        with pytest.raises(RowError) as error: read(path)
+        e = error.value
+        assert (e.file, e.line, e.field) == (str(path), line, field)
+        message = str(e)
+        assert text in message and message.startswith(str(path)) and "\n" not in message
+        if line: assert f"line {line}" in message or f"row {line}" in message
+        if field: assert f"field '{field}'" in message
+
+
+def test_bad_parquet_row(tmp_path):
+    path = tmp_path/"rows.parquet"
+    pq.write_table(pa.table({"query": ["q", "q"], "pos": pa.array([["p"], []], pa.list_(pa.string()))}), path)
+    with pytest.raises(RowError, match="row 2, field 'pos': no positive passage"): read_rows(path)
+
+
+def test_wrong_path(tmp_path):
+    write_rows([ROW], tmp_path/"train.jsonl")
+    with pytest.raises(RowError, match=r"no such file; did you mean 'train\.jsonl'\?"): read_rows(tmp_path/"trian.jsonl")
+    with pytest.raises(RowError, match="no such file; check the path"): read_rows(tmp_path/"away"/"x.jsonl")
+    with pytest.raises(RowError, match="directory"): read_rows(tmp_path)
+
+
+def test_unreadable_file(tmp_path, monkeypatch):
+    path = write_rows([ROW], tmp_path/"rows.jsonl")
+    def refuse(*args, **kwargs): raise PermissionError(13, "Permission denied", str(path))
+    monkeypatch.setattr(rows_module, "open", refuse, raising=False)
+    with pytest.raises(RowError, match=r"rows\.jsonl: cannot be read \(Permission denied\)"): read_rows(path)
+
+
+def test_round_trip_of_every_column(tmp_path):
+    full = {"query": "q\u2028\n\"", "pos": ["p", "ế"], "neg": ["n"], "pos_scores": [0.1, 1e-30], "neg_scores": [1 / 3], "neg_weights": [2.0],
+            "neg_types": [["price", "area"]], "prompt": "query: ", "language": "vi", "query_type": "t", "source": "s", "domain": "d",
+            "difficulty": "hard", "query_id": "1", "pos_ids": ["a", "b"], "neg_ids": ["c"]}
+    path = write_rows([full, ROW], tmp_path/"new"/"rows.jsonl")
+    assert read_rows(path)[0] == full
+    assert read_rows(path, source_name="").to_list() == make_rows([full, ROW]).to_list()
+
+
+def test_sentence_transformers_and_flagembedding_columns(tmp_path):
+    path = tmp_path/"t.csv"
+    path.write_text("anchor,positive,negative_1,negative_2\na,b,c,d\na,b,c,\n")
+    assert read_rows(path)["neg"][:] == [["c", "d"], ["c"]]
+    path = tmp_path/"f.jsonl"
+    path.write_text(json.dumps({"id": 7, "query": "a", "pos": ["b"], "neg": [], "pos_scores": [1], "neg_scores": [], "prompt": None, "type": "x"}))
+    row = read_rows(path)[0]
+    assert (row["query_id"], row["prompt"], row["query_type"], row["pos_scores"], row["source"]) == ("7", "", "x", [1.0], "f")
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_interrupted_write_leaves_the_old_file(error, tmp_path, monkeypatch):
+    path = write_rows([ROW], tmp_path/"rows.jsonl")
+    before, real, calls = path.read_bytes(), json.dumps, []
+    def fails(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 2: raise error
+        return real(*args, **kwargs)
+    monkeypatch.setattr(rows_module.json, "dumps", fails)
+    with pytest.raises(type(error)): write_rows([ROW] * 5, path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_bad_row_writes_nothing(tmp_path):
+    with pytest.raises(RowError): write_rows([ROW, {"query": "q"}], tmp_path/"new"/"rows.jsonl")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_write_leaves_the_old_file(tmp_path):
+    path = write_rows([ROW], tmp_path/"rows.jsonl")
+    before = path.read_bytes()
+    script = f"""
+import bgem3_nb.rows as r
+rows, real = r.make_rows([{ROW!r}] * 1000), r.json.dumps
+def slow(*a, **k):
+    print("writing", flush=True); __import__("time").sleep(.2)
+    return real(*a, **k)
+r.json.dumps = slow
+r.write_rows(rows, {str(path)!r})
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=REPO, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGKILL); process.wait(); process.stdout.close()
+    assert path.read_bytes() == before
+    assert len(read_rows(write_rows([ROW] * 2, path))) == 2
+
+
+def test_nothing_is_left_on_disk_or_printed(tmp_path):
+    script = f"""
+from bgem3_nb.rows import *
+from bgem3_nb.sources import load_source
+rows = load_source({str(REPO/"data"/"law_mini.jsonl")!r})
+parts = split_rows(merge_queries(rows), test="Bộ luật Lao động 2019")
+rs = retrieval_set(parts["test"], corpus=parts["train"])
+assert (len(rs), len(rs.passages)) == (60, 114), (len(rs), len(rs.passages))
+"""
+    folders = {name: str(tmp_path/name) for name in ("HOME", "HF_HOME", "TMPDIR", "XDG_CACHE_HOME", "BGEM3_NB_CACHE")}
+    for folder in folders.values(): Path(folder).mkdir()
+    done = subprocess.run([sys.executable, "-B", "-c", script], cwd=REPO, env={**os.environ, **folders}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_killed_extraction_leaves_no_cache(tmp_path, monkeypatch):
+    pytest.importorskip("whoosh")
+    import bgem3_nb.sources as sources
+    monkeypatch.setenv("BGEM3_NB_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources, "_read_index", lambda folder: [{"id": "1:1"}])
+    monkeypatch.setattr(sources.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt): sources.quran_verses()
+    assert list(tmp_path.iterdir()) == []
