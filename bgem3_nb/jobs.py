@@ -29,13 +29,13 @@ from tokenize import COMMENT, generate_tokens
 from types import NoneType, UnionType
 from typing import Any, Literal, Optional, Union, get_args, get_origin
 
-# %% ../nbs/41_jobs.ipynb #5f52191a
+# %% ../nbs/41_jobs.ipynb #89da94ee
 class JobError(ValueError):
     "A job that cannot start, in one sentence; nothing has run."
 
 
 def job_roots() -> list[Path]:  # existing directories with `nbs/` and `params/` below them
-    "Where jobs and their parameter files are looked for, first come first."
+    "Where jobs and their parameter files are looked for, first come first; a `JobError` for one that is not there."
     package = Path(find_spec("bgem3_nb").origin).parent
     clone = package.parent
     own = clone if (clone / "settings.ini").exists() else package / "job_files"
@@ -49,7 +49,7 @@ def find_jobs() -> dict[str, Path]:  # name -> notebook, in the order of the num
     "The jobs there are: `nbs/52_train.ipynb` is the job `train`."
     found = {}
     for root in job_roots():
-        for path in sorted((root / "nbs").glob("5[0-9]_*.ipynb")): found.setdefault(path.stem[3:], path)
+        for path in sorted([*(root / "nbs").glob("5[0-9]_*.ipynb"), *root.glob("5[0-9]_*.ipynb")]): found.setdefault(path.stem[3:], path)
     return found
 
 # %% ../nbs/41_jobs.ipynb #c2c137f4

@@ -1,0 +1,50 @@
+"""What all tests share: no network, job notebooks made on the spot, the command line as a process."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from nbformat import write
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+REPO = Path(__file__).parent.parent
+OFFLINE = REPO / "tests" / "offline"
+LAUNCHER = [sys.executable, "-c", "import sys; from bgem3_nb.jobs import main; sys.exit(main())"]
+SETTINGS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+os.environ.update(SETTINGS)
+sys.path.insert(0, str(REPO))
+if "sitecustomize" not in sys.modules or not hasattr(sys.modules["sitecustomize"], "is_local"):  # pytest run by hand
+    sys.path.insert(0, str(OFFLINE))
+    sys.modules.pop("sitecustomize", None)
+    import sitecustomize  # noqa: F401
+
+
+@pytest.fixture
+def env(tmp_path, monkeypatch):
+    "The environment of a child process: offline, the clone on its path, jobs from `tmp_path` beside the project's own."
+    path = os.pathsep.join([str(OFFLINE), str(REPO)])
+    return {**os.environ, **SETTINGS, "PYTHONPATH": path, "BGEM3_NB_JOBS": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+
+
+@pytest.fixture
+def job(tmp_path):
+    "A function that writes a job notebook: `job('50_toy', parameters, cell, cell)`."
+    def make(name, parameters, *cells, tags=("parameters",)):
+        path = tmp_path / "nbs" / f"{name}.ipynb"
+        path.parent.mkdir(exist_ok=True)
+        first = new_code_cell(parameters)
+        first.metadata["tags"] = list(tags)
+        write(new_notebook(cells=[new_markdown_cell(f"# {name}\n\n> A toy."), first, *map(new_code_cell, cells)]), path)
+        return path
+    return make
+
+
+@pytest.fixture
+def launch(tmp_path, env):
+    "A function that runs `bgem3-job` with these arguments, in `tmp_path`."
+    def run(*args, **more):
+        return subprocess.run([*LAUNCHER, *args], cwd=tmp_path, env={**env, **more},
+                              capture_output=True, text=True, timeout=120)
+    return run

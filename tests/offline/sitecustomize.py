@@ -1,0 +1,48 @@
+"""No network in tests: with this folder on PYTHONPATH, every Python process refuses to leave the machine.
+
+Connections and name look-ups that are not local raise `OSError`, and each attempt is a line in the file that
+BGEM3_NB_NET_LOG names, so that a library that swallows the error is found out all the same. Kernels and subprocesses
+inherit it. It does not see code that opens sockets without Python's `socket` module.
+"""
+import os
+import socket
+import sys
+from ipaddress import ip_address
+
+LOCAL = {None, "", "localhost", socket.gethostname()}
+
+
+def is_local(host):
+    "Whether a host is this machine."
+    host = host.decode() if isinstance(host, bytes) else host
+    if host in LOCAL: return True
+    try: address = ip_address(host.split("%")[0])
+    except ValueError: return False
+    return address.is_loopback or address.is_unspecified
+
+
+def refuse(host):
+    "Write the attempt down, then raise."
+    if log := os.environ.get("BGEM3_NB_NET_LOG"):
+        with open(log, "a", encoding="utf-8") as f: f.write(f"{host} from {' '.join(sys.argv)[:200]}\n")
+    raise OSError(f"the tests run without a network, and {host} was asked for")
+
+
+def guarded(function):
+    "A method of `socket.socket` whose last argument is an address, for local addresses only."
+    def call(self, *args):
+        if isinstance(args[-1], tuple) and not is_local(args[-1][0]): refuse(args[-1][0])
+        return function(self, *args)
+    return call
+
+
+def local_only(function):
+    "A name look-up, for local names only."
+    def call(host, *args, **kwargs):
+        if not is_local(host): refuse(host)
+        return function(host, *args, **kwargs)
+    return call
+
+
+for name in ("connect", "connect_ex", "sendto"): setattr(socket.socket, name, guarded(getattr(socket.socket, name)))
+for name in ("getaddrinfo", "gethostbyname"): setattr(socket, name, local_only(getattr(socket, name)))

@@ -1,0 +1,106 @@
+"""The project's own shape: what keeps the frame together and no notebook can check."""
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from configparser import ConfigParser
+
+import pytest
+from conftest import REPO
+
+import bgem3_nb
+
+CONFIG = ConfigParser()
+CONFIG.read(REPO / "settings.ini", encoding="utf-8")
+CONFIG = CONFIG["DEFAULT"]
+TEXT = {".py", ".ipynb", ".md", ".yml", ".yaml", ".ini", ".txt", ".jsonl", ".in", ".css", ""}
+
+
+def project_files():
+    "The files of the project, without what git ignores; from an unpacked sdist, all files."
+    try: names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError): pytest.skip("not a git clone")
+    return [REPO / name for name in names if name and (REPO / name).is_file()]
+
+
+def chapters(): return {p.stem[3:]: p for p in sorted((REPO / "nbs").glob("[0-9][0-9]_*.ipynb"))}
+
+
+def test_one_version():
+    assert bgem3_nb.__version__ == CONFIG["version"]
+
+
+def test_top_level():
+    expected = {"nbs", "bgem3_nb", "data", "params", "tests", "settings.ini", "setup.py", "_quarto.yml", "README.md", "LICENSE",
+                "MANIFEST.in", "Makefile", "constraints.txt", ".gitignore", ".ci"}
+    assert expected <= {p.name for p in REPO.iterdir()}
+
+
+def test_import_is_light_and_names_resolve():
+    code = "import sys, bgem3_nb; print([m for m in ('torch', 'transformers', 'numpy', 'datasets', 'matplotlib') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
+    for name in bgem3_nb.__all__: assert getattr(bgem3_nb, name) is not None
+
+
+def test_a_chapter_imports_only_lower_ones():
+    number = {name: int(path.stem[:2]) for name, path in chapters().items()}
+    for module in (REPO / "bgem3_nb").glob("[a-z]*.py"):
+        for used in re.findall(r"^\s*from bgem3_nb\.(\w+) import", module.read_text(encoding="utf-8"), re.M):
+            assert number[used] < number[module.stem], f"{module.stem} imports {used}"
+
+
+def test_page_names_are_unique():
+    "nbdev drops the number from the name of a page."
+    names = [p.stem[3:] for p in (REPO / "nbs").glob("[0-9][0-9]_*.ipynb")]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", chapters())
+def test_a_chapter_is_built_like_the_others(name):
+    "Title and line below it, badge that opens this notebook, install cell that is not evaluated, exported imports alone."
+    cells = [{**c, "source": "".join(c["source"])} for c in json.loads(chapters()[name].read_text(encoding="utf-8"))["cells"]]
+    assert re.match(r"# .+\n\n> .+", cells[0]["source"])
+    assert f"/nbs/{chapters()[name].name})" in cells[1]["source"]
+    assert "#| eval: false" in cells[2]["source"]
+    for c in cells:
+        if c["cell_type"] != "code" or not c["source"].startswith("#| export"): continue
+        lines = [line for line in c["source"].splitlines() if line.strip() and not line.startswith(("#", " ", ")"))]
+        if any(line.startswith(("import ", "from ")) for line in lines):
+            assert all(line.startswith(("import ", "from ")) for line in lines), f"imports and other code in one cell of {name}:\n{c['source']}"
+
+
+def test_no_path_of_a_machine_in_a_committed_file():
+    pattern = re.compile(r"(?<![\w.…/<>-])/(?:work|tmp|root|home)/\w")
+    found = [f"{f.relative_to(REPO)}:{n}: {m[0]}" for f in project_files() if f.suffix in TEXT
+             for n, line in enumerate(f.read_text(encoding="utf-8").splitlines(), 1) if (m := pattern.search(line))]
+    assert found == []
+
+
+def test_extras_are_declared():
+    "Every extra that a message names can be installed."
+    extras = {k.removesuffix("_requirements") for k in CONFIG if k.endswith("_requirements")} | {"all"}
+    named = {e for f in (REPO / "bgem3_nb").glob("*.py") for group in re.findall(r"bgem3_nb\[([\w,]+)\]", f.read_text(encoding="utf-8")) for e in group.split(",")}
+    assert named <= extras
+
+
+def test_constraints_pin_every_direct_requirement():
+    norm = lambda s: re.sub(r"[-_.]+", "-", s).lower()
+    pinned = {norm(line.split("==")[0]) for line in (REPO / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")}
+    asked = {norm(re.match(r"[\w.-]+", r)[0]) for k, v in CONFIG.items() if k == "requirements" or k.endswith("_requirements") for r in v.split()}
+    assert asked <= pinned, asked - pinned
+
+
+def test_readme_is_the_index_notebook():
+    assert subprocess.run([sys.executable, REPO / "tools" / "readme.py", "--check"]).returncode == 0
+
+
+def test_the_network_is_refused_and_the_attempt_written_down(tmp_path):
+    "The guard that the other tests rely on."
+    log, code = tmp_path / "log", "import socket\ntry: socket.create_connection(('example.org', 80), 1)\nexcept OSError as e: print(e)"
+    env = {**os.environ, "PYTHONPATH": str(REPO / "tests" / "offline"), "BGEM3_NB_NET_LOG": str(log)}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "example.org was asked for" in run.stdout and log.read_text().startswith("example.org from")
+    with socket.create_server(("127.0.0.1", 0)) as server: socket.create_connection(server.getsockname()).close()
