@@ -1,4 +1,5 @@
 """Build bgem3_nb from settings.ini, the one source of metadata."""
+import re
 from configparser import ConfigParser
 from pathlib import Path
 from shutil import copyfile
@@ -13,6 +14,12 @@ cfg = config["DEFAULT"]
 
 
 def requirements(key): return cfg.get(key, "").split()
+
+
+def long_description():
+    "README.md with the links of the repository's page made absolute, since a package index shows it elsewhere."
+    base = f"{cfg['git_url']}/blob/{cfg['branch']}/"
+    return re.sub(r"\]\((?!\w+:|#)", f"]({base}", (here / "README.md").read_text(encoding="utf-8"))
 
 
 extras = {k: requirements(f"{k}_requirements") for k in ("embedded", "data", "jobs", "dev")}
@@ -35,7 +42,7 @@ setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
-    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description=long_description(),
     long_description_content_type="text/markdown",
     license=cfg["license"].upper(),
     author=cfg["author"],

@@ -29,11 +29,11 @@ from tokenize import COMMENT, generate_tokens
 from types import NoneType, UnionType
 from typing import Any, Literal, Optional, Union, get_args, get_origin
 
-# %% ../nbs/41_jobs.ipynb #89da94ee
+# %% ../nbs/41_jobs.ipynb #8252f52a
 class JobError(ValueError):
     "A job that cannot start, in one sentence; nothing has run."
 
-
+# %% ../nbs/41_jobs.ipynb #a7ec19da
 def job_roots() -> list[Path]:  # existing directories with `nbs/` and `params/` below them
     "Where jobs and their parameter files are looked for, first come first; a `JobError` for one that is not there."
     package = Path(find_spec("bgem3_nb").origin).parent
@@ -44,7 +44,7 @@ def job_roots() -> list[Path]:  # existing directories with `nbs/` and `params/`
         if not p.is_dir(): raise JobError(f"BGEM3_NB_JOBS names {p}, which is not a directory")
     return [*mine, own]
 
-
+# %% ../nbs/41_jobs.ipynb #599648e3
 def find_jobs() -> dict[str, Path]:  # name -> notebook, in the order of the numbers
     "The jobs there are: `nbs/52_train.ipynb` is the job `train`."
     found = {}
@@ -166,7 +166,7 @@ def from_text(
     try: return fit(yaml.safe_load(text), type_)
     except yaml.YAMLError: raise ValueError(f"{text!r} is not a {type_}") from None
 
-# %% ../nbs/41_jobs.ipynb #150a1f62
+# %% ../nbs/41_jobs.ipynb #9f0274b5
 def find_params(
     name: str,  # a path, or the name of one of the project's own files
 ) -> Path:
@@ -177,7 +177,7 @@ def find_params(
     if str(path.parent) in (".", "params") and path.suffix in ("", ".yaml") and path.stem in own: return own[path.stem]
     raise JobError(f"there is no parameter file {name!r}; the project's own are: {', '.join(sorted(own)) or 'none'}")
 
-
+# %% ../nbs/41_jobs.ipynb #1ac4fead
 def read_params(
     path: str | Path,
 ) -> dict[str, tuple[Any, str]]:  # name -> (value, "file, line n")
@@ -262,14 +262,15 @@ def plan_job(
     values["out"] = values["out"] or f"data/runs/{name}"
     return JobPlan(name, path, values, origins, Path(values["out"]))
 
-# %% ../nbs/41_jobs.ipynb #da65b7b1
+# %% ../nbs/41_jobs.ipynb #d1669ae4
 def _kernel_class(progress, started):
     "A kernel manager whose kernel is this very interpreter; the kernels it starts are put into `started`."
     base, spec_class = _needs("jupyter_client").AsyncKernelManager, _needs("jupyter_client.kernelspec").KernelSpec
-    this_python = _needs("ipykernel.kernelspec").get_kernel_dict(["--log-level=ERROR"])
+    this_python = _needs("ipykernel.kernelspec").get_kernel_dict(["--log-level=CRITICAL"])
     clone = Path(find_spec("bgem3_nb").origin).parent.parent
     path = [str(clone)] if (clone / "settings.ini").exists() else []
     env = {"PYTHONPATH": os.pathsep.join(path + [p for p in [os.environ.get("PYTHONPATH")] if p])}
+    env["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # figures go into the notebook
     if not progress: env["TQDM_DISABLE"] = "1"
     spec = spec_class(**this_python, env=env)
 
@@ -329,14 +330,14 @@ class _Report:
 
     def flush(self): pass
 
-# %% ../nbs/41_jobs.ipynb #fb73c9e8
+# %% ../nbs/41_jobs.ipynb #780f0266
 class JobFailed(RuntimeError):
     "A job that started and did not finish: the sentence of the error, the notebook, and the exit code."
     def __init__(self, message: str, notebook: Path, code: int = 1):
         super().__init__(message)
         self.notebook, self.code = notebook, code
 
-
+# %% ../nbs/41_jobs.ipynb #d70eb894
 def execute(
     plan: JobPlan,
     force: bool = False,      # run over a finished run

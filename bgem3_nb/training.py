@@ -179,15 +179,15 @@ def head_weights(
     device = model.special_ids.device
     return ids.to(device), model.heads(hidden.to(device), ids.to(device), mask.to(device), outputs=("lexical",)).lexical
 
-# %% ../nbs/12_training.ipynb #a1b3d54d
+# %% ../nbs/12_training.ipynb #633f5110
 def warm_up_lexical(
     model: M3Model,               # its lexical head is changed, nothing else
     rows,                         # rows with `query` and `pos`
-    steps: int = 300,             # of Adam on the head
-    most: int = 800,              # rows that are used, drawn at random
+    steps: int = 200,             # of Adam on the head
+    most: int = 1000,             # rows that are used, drawn at random
     batch_size: int = 128,        # rows in a step
-    learning_rate: float = 1e-2,  # falls to 0 along a cosine
-    temperature: tuple = (.1, .02),  # of this loss, and of the training that follows
+    learning_rate: float = 5e-3,  # falls to 0 along a cosine
+    temperature: tuple = (.2, .02),  # of this loss, and of the training that follows
     length: int = 256,            # tokens of a passage
     dtype: torch.dtype = torch.float32,  # precision of the encoder's products
     seed: int = 0,                # of the draws

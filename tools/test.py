@@ -1,5 +1,8 @@
-"""What `make test` runs: every check in turn, each timed, and a closing line with the count. Stops at nothing, fails if anything failed."""
-import filecmp
+"""What `make test` runs: every check in turn, each timed, and a last line with the count. Stops at nothing, fails if anything failed.
+
+    python tools/test.py                    all checks
+    python tools/test.py notebooks jobs     some of them
+"""
 import os
 import shutil
 import subprocess
@@ -8,106 +11,125 @@ import tempfile
 import time
 from pathlib import Path
 
-root = Path(__file__).parent.parent
+root = Path(__file__).resolve().parent.parent
 bin = Path(sys.executable).parent
-work = Path(tempfile.mkdtemp(prefix="bgem3_nb-test-"))
-net_log = work / "network.log"
-offline = os.environ | {"PYTHONPATH": str(root / "tests" / "offline"), "BGEM3_NB_NET_LOG": str(net_log), "MPLBACKEND": "agg"}
+IGNORED = shutil.ignore_patterns(".venv", ".git", "_*", "*.egg-info", "__pycache__", "build", "dist", "runs", "cache", ".*_cache", ".ipynb_checkpoints")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def call(*words, cwd=root, env=offline):
+def call(*words, cwd=root, env=None):
     "Run a command; its failure is an exception."
-    subprocess.run([str(w) for w in words], cwd=cwd, env=env, check=True)
+    print("$", *(str(w).replace(str(root) + "/", "") for w in words if "\n" not in str(w)), flush=True)
+    subprocess.run([str(w) for w in words], cwd=cwd, env=env or offline, check=True)
 
 
 def copy_tree(target):
-    "The tracked and the new files of the project, without what is ignored."
-    listing = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True, check=True).stdout
-    for name in filter(None, listing.decode().split("\0")):
+    "A copy of the project without what is ignored, so that no check changes the project itself."
+    listing = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True) if (root / ".git").exists() else None
+    if listing is None or listing.returncode:  # no git, or no clone
+        shutil.copytree(root, target, ignore=lambda d, names: IGNORED(d, names) - {"_quarto.yml", "_modidx.py"})
+        return target
+    for name in filter(None, listing.stdout.decode().split("\0")):
         if (root / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, target / name)
+    return target
 
 
 def modules_equal_notebooks():
     "Exporting and cleaning the notebooks again changes no file, and README.md is the index notebook's."
-    copy = work / "copy"
-    copy_tree(copy)
+    copy = copy_tree(work / "copy")
     call(bin / "nbdev_export", cwd=copy)
     call(bin / "nbdev_clean", cwd=copy)
-    names = [p.relative_to(copy) for folder in ("nbs", "bgem3_nb") for p in sorted((copy / folder).rglob("*")) if p.suffix in (".ipynb", ".py")]
-    changed = [str(n) for n in names if not (root / n).is_file() or not filecmp.cmp(root / n, copy / n, shallow=False)]
+    call(sys.executable, "tools/readme.py", "--check", cwd=copy)
+    after, before = ({p.relative_to(top): p.read_bytes() for folder in ("nbs", "bgem3_nb") for p in (top / folder).rglob("*")
+                      if p.suffix in (".ipynb", ".py") and ".ipynb_checkpoints" not in p.parts} for top in (copy, root))
+    changed = sorted(str(n) for n in after.keys() | before.keys() if after.get(n) != before.get(n))
     if changed: raise AssertionError(f"run nbdev_export and nbdev_clean; these differ: {', '.join(changed)}")
-    call(sys.executable, "tools/readme.py", "--check")
 
 
 def notebooks():
-    "Every cell of every chapter runs and its tests hold."
+    "Every cell of every chapter runs and its tests hold; the jobs among them are run below."
     call(bin / "nbdev_test", "--n_workers", "2", "--timing")
 
 
 def processes_and_files():
-    "What notebooks can not hold: processes, kills, the command line."
-    call(sys.executable, "-m", "pytest", "-q", "tests")
+    "What notebooks cannot hold: processes, kills, the command line."
+    call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
 
 
 def jobs():
     "Every job through the launcher, at its smallest."
-    sys.path.insert(0, str(root))
-    from bgem3_nb.jobs import jobs as all_jobs
-    for name in all_jobs():
+    for path in sorted((root / "nbs").glob("5[0-9]_*.ipynb")):
+        name = path.stem[3:]
         smoke = root / "params" / f"{name}_smoke.yaml"
         if not smoke.is_file(): raise AssertionError(f"the job {name} has no {smoke.relative_to(root)}")
         call(bin / "bgem3-job", name, "-f", smoke, "--out", work / "runs" / name)
+        for file in (f"{name}.ipynb", f"{name}.html"):
+            if not (work / "runs" / name / file).is_file(): raise AssertionError(f"the job {name} left no {file}")
+
+
+def site():
+    "The site builds, and every page, formula and link of it holds."
+    copy = copy_tree(work / "site")
+    call(sys.executable, "tools/docs.py", cwd=copy, env=offline | {"PYTHONPATH": f"{offline['PYTHONPATH']}{os.pathsep}{copy}"})
 
 
 def nothing_asked_the_network():
-    "No notebook, test or job tried to reach another machine."
+    "No notebook, test or job above tried to reach another machine."
     if net_log.exists(): raise AssertionError(f"connections were tried:\n{net_log.read_text()}")
 
 
-LIGHT = """
+ALONE = """
 import sys, bgem3_nb
 heavy = {"torch", "transformers", "numpy", "datasets", "matplotlib"} & set(sys.modules)
 assert not heavy, f"import bgem3_nb loads {heavy}"
 assert "site-packages" in bgem3_nb.__file__, bgem3_nb.__file__
-from bgem3_nb import M3Encoder, M3Trainer, load_source
 """
+INSTALLED = ALONE + "for name in bgem3_nb.__all__: getattr(bgem3_nb, name)\n"
 
 
 def packages():
-    "sdist, a wheel from it, both installed in empty environments, the package used from there."
-    copy, env = work / "package", {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    copy_tree(copy)
+    "sdist, a wheel from it, each installed in an empty environment, alone and with what it needs, and used from there."
+    copy, env = copy_tree(work / "package"), {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
     call(sys.executable, "-m", "build", "--outdir", work / "dist", cwd=copy, env=env)
-    for pattern, extra in (("*.whl", "[jobs]"), ("*.tar.gz", "")):
-        venv, file = work / f"venv{pattern[-3:]}", next((work / "dist").glob(pattern))
+    wheel, sdist = next((work / "dist").glob("*.whl")), next((work / "dist").glob("*.tar.gz"))
+    for file, needs in ((sdist, False), (wheel, True)):
+        venv = work / f"venv-{file.suffix[1:]}"
+        python, pip = venv / "bin" / "python", ["-m", "pip", "install", "-q", "--disable-pip-version-check"]
         call(sys.executable, "-m", "venv", venv, env=env)
-        pip = [venv / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", root / "constraints.txt"]
-        call(*pip, "torch", env=env)
-        call(*pip, f"{file}{extra}", env=env)
-        call(venv / "bin" / "python", "-c", LIGHT, cwd=work, env=env)
+        call(python, *pip, *(["-c", root / "constraints.txt", f"{file}[all]"] if needs else ["--no-deps", file]), cwd=work, env=env)
+        call(python, "-c", INSTALLED if needs else ALONE, cwd=work, env=env)
         call(venv / "bin" / "bgem3-job", "list", cwd=work, env=env)
-        call(venv / "bin" / "bgem3-job", "train", "-f", "quran.yaml", "--dry-run", cwd=work, env=env)
+        if needs: call(venv / "bin" / "bgem3-job", "train", "-f", "train_smoke", "--dry-run", cwd=work, env=env)
         shutil.rmtree(venv)
 
 
+CHECKS = [modules_equal_notebooks, notebooks, processes_and_files, jobs, site, nothing_asked_the_network, packages]
+
+
 def main():
-    checks = [modules_equal_notebooks, notebooks, processes_and_files, jobs, nothing_asked_the_network, packages]
-    if names := sys.argv[1:]: checks = [c for c in checks if c.__name__ in names]
-    failed = []
+    unknown = set(sys.argv[1:]) - {c.__name__ for c in CHECKS}
+    if unknown: sys.exit(f"no such check: {', '.join(unknown)}; there are {', '.join(c.__name__ for c in CHECKS)}")
+    checks, failed, began = [c for c in CHECKS if len(sys.argv) == 1 or c.__name__ in sys.argv[1:]], [], time.perf_counter()
     for check in checks:
         print(f"== {check.__name__}: {check.__doc__}", flush=True)
         start = time.perf_counter()
         try: check()
-        except (AssertionError, subprocess.CalledProcessError, OSError) as e:
+        except (AssertionError, subprocess.CalledProcessError, OSError, StopIteration) as e:
             failed.append(check.__name__)
             print(f"FAILED {check.__name__}: {e}", flush=True)
-        print(f"-- {check.__name__}: {time.perf_counter() - start:.0f} s", flush=True)
-    shutil.rmtree(work, ignore_errors=True)
-    print(f"failed: {', '.join(failed)}" if failed else "all checks hold")
-    print(f"{len(checks) - len(failed)} passed, {len(failed)} failed", flush=True)
-    sys.exit(bool(failed))
+        print(f"-- {check.__name__}: {'failed' if check.__name__ in failed else 'passed'} in {time.perf_counter() - start:.0f} s\n", flush=True)
+    if failed: print(f"failed: {', '.join(failed)}")
+    print(f"{len(checks) - len(failed)} passed, {len(failed)} failed in {time.perf_counter() - began:.0f}s", flush=True)
+    return bool(failed)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="bgem3_nb-test-") as folder:
+        work = Path(folder)
+        net_log = work / "network.log"
+        offline = os.environ | OFFLINE | {"PYTHONPATH": str(root / "tests" / "offline"), "BGEM3_NB_NET_LOG": str(net_log)}
+        offline.pop("MPLBACKEND", None)
+        code = main()
+    sys.exit(code)
