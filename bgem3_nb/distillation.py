@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .losses import info_nce, weighted_logits
 
-# %% ../nbs/11_distillation.ipynb #049d8f92
+# %% ../nbs/11_distillation.ipynb #83e813a8
 ENSEMBLE_WEIGHTS = {"dense": 1., "lexical": .3, "multi": 1.}   # paper, equation 4
 LOSS_WEIGHTS     = {"dense": 1., "lexical": .1, "multi": 1.}   # paper v4, equations 5 to 7
 
@@ -22,7 +22,7 @@ def ensemble_scores(
     "The weighted sum of the modes there are."
     return sum(weights[m] * s for m, s in scores.items())
 
-# %% ../nbs/11_distillation.ipynb #092c3cef
+# %% ../nbs/11_distillation.ipynb #46f57f34
 def distill_loss(
     student: torch.Tensor,   # (b, m) logits
     teacher: torch.Tensor,   # (b, m) logits; detached here
@@ -30,7 +30,7 @@ def distill_loss(
     "Cross entropy of the student's distribution under the teacher's."
     return -(teacher.detach().softmax(-1) * student.log_softmax(-1)).sum(-1).mean()
 
-# %% ../nbs/11_distillation.ipynb #4cdfc647
+# %% ../nbs/11_distillation.ipynb #7959b7f8
 def unified_loss(
     scores: dict[str, torch.Tensor],   # mode to (b, m) similarities
     target: torch.Tensor,              # (b,) column of each positive

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .backbone import pick_device, pick_dtype
 from .model import OUTPUTS, M3Model, M3Output
 
-# %% ../nbs/02_encoding.ipynb #d8d13dd4
+# %% ../nbs/02_encoding.ipynb #0c4ef090
 @dataclass
 class Embeddings:
     "The outputs for n texts; parts that were not asked for are None."
@@ -47,7 +47,7 @@ class Embeddings:
         "The multi-vectors of one text."
         return self.multi[self.offsets[i]:self.offsets[i+1]]
 
-# %% ../nbs/02_encoding.ipynb #5a950e58
+# %% ../nbs/02_encoding.ipynb #308c5463
 def token_batches(
     lengths: np.ndarray,        # (n,) tokens of each text
     batch_tokens: int = 4096,   # most tokens in a batch, padding included; a longer text goes alone
@@ -59,7 +59,7 @@ def token_batches(
         batches.append(order[start:start + size]); start += size
     return batches
 
-# %% ../nbs/02_encoding.ipynb #65504c0c
+# %% ../nbs/02_encoding.ipynb #736728a7
 def lexical_rows(
     ids: np.ndarray,       # (b, n) token ids
     weights: np.ndarray,   # (b, n) weights, 0 where a position does not count
@@ -73,7 +73,7 @@ def lexical_rows(
     value = np.maximum.reduceat(value[order], first) if len(first) else value
     return csr_matrix((value, (key // vocabulary, key % vocabulary)), shape=(len(ids), vocabulary), dtype=np.float32)
 
-# %% ../nbs/02_encoding.ipynb #b89eb2ca
+# %% ../nbs/02_encoding.ipynb #3ad9717d
 class M3Encoder:
     "Texts to dense, lexical and multi-vector embeddings."
     def __init__(self,
@@ -138,7 +138,7 @@ class M3Encoder:
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.model(batch["input_ids"], batch["attention_mask"], outputs)
 
-# %% ../nbs/02_encoding.ipynb #6ee1abe9
+# %% ../nbs/02_encoding.ipynb #d9e15d7c
 def join(
     parts: list[M3Output],        # what each batch gave
     batches: list[np.ndarray],    # the texts of each batch
@@ -160,7 +160,7 @@ def join(
         out.multi, out.offsets = flat.multi, flat.offsets
     return out
 
-# %% ../nbs/02_encoding.ipynb #4d0f3d97
+# %% ../nbs/02_encoding.ipynb #994d24fc
 def stack_rows(
     rows: list[csr_matrix],   # blocks of rows
     vocabulary: int,          # columns, for the case of no rows

@@ -37,7 +37,7 @@ def _checked(scores, qrels):
             raise ValueError(f"query {i} has the relevant passages {sorted(rel)}, but scores has {n_p} columns (passages)")
     return scores
 
-# %% ../nbs/31_evaluation.ipynb #699d7d02
+# %% ../nbs/31_evaluation.ipynb #23eabf3e
 def relevant_ranks(
     scores: np.ndarray,       # (n_q, n_p), larger is better
     qrels: list[set[int]],    # the relevant passages (columns) of each query (row)
@@ -51,10 +51,10 @@ def relevant_ranks(
         ranks.append(ahead + np.arange(1, len(s) + 1))
     return ranks
 
-# %% ../nbs/31_evaluation.ipynb #d11b2036
+# %% ../nbs/31_evaluation.ipynb #3112fc50
 METRICS = ("nDCG@10", "RR@10", "R@1", "R@5", "R@10", "R@100")
 
-# %% ../nbs/31_evaluation.ipynb #680186d7
+# %% ../nbs/31_evaluation.ipynb #6fc11c23
 @dataclass(repr=False)
 class Evaluation:
     "Metrics of one ranking, kept query by query."
@@ -82,7 +82,7 @@ class Evaluation:
 
     def __repr__(self): return f"{len(self)} queries: " + ", ".join(f"{m} {self.mean(m):.3f}" for m in self.per_query)
 
-# %% ../nbs/31_evaluation.ipynb #d2b32671
+# %% ../nbs/31_evaluation.ipynb #4aceb6e5
 def evaluate_scores(
     scores: np.ndarray,                  # (n_q, n_p), larger is better
     qrels: list[set[int]],               # the relevant passages (columns) of each query (row)
@@ -101,7 +101,7 @@ def evaluate_scores(
     for r in ir_measures.iter_calc(measures, truth, run): per_query[measures[r.measure]][int(r.query_id)] = r.value
     return Evaluation(per_query)
 
-# %% ../nbs/31_evaluation.ipynb #780808bb
+# %% ../nbs/31_evaluation.ipynb #4410292a
 def evaluate_modes(
     scores: dict[str, np.ndarray],       # name of a mode to its (n_q, n_p) matrix
     qrels: list[set[int]],               # the relevant passages of each query
@@ -110,13 +110,13 @@ def evaluate_modes(
     "One `Evaluation` for each score matrix, under its name."
     return {name: evaluate_scores(s, qrels, metrics) for name, s in scores.items()}
 
-# %% ../nbs/31_evaluation.ipynb #ef3a85fc
+# %% ../nbs/31_evaluation.ipynb #9e31d0de
 UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+)")
 ARABIC_SIGNS = re.compile("[\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06ed]")  # vowels, Quranic signs, tatweel
 ARABIC_LETTERS = str.maketrans("أإآٱىةؤئ", "اااايهوي")
 ARABIC_ARTICLE = re.compile(r"\b(?:[وبكف]?ال|لل)(?=\w{3})")
 
-# %% ../nbs/31_evaluation.ipynb #618aeba5
+# %% ../nbs/31_evaluation.ipynb #c179edc2
 def word_tokens(
     text: str,             # any text
     language: str = "en",  # ISO 639-1 code; "vi" and "ar" have rules of their own
@@ -132,7 +132,7 @@ def word_tokens(
     if language == "vi": terms += [f"{a} {b}" for a, b in zip(terms, terms[1:])]
     return terms
 
-# %% ../nbs/31_evaluation.ipynb #651956b7
+# %% ../nbs/31_evaluation.ipynb #294d6814
 def bm25_scores(
     passages,                          # (n_p,) texts, or an object with `.passages` and `.queries`, such as a `RetrievalSet`
     queries: list[str] | None = None,  # (n_q,) texts; by default those of that object
@@ -153,7 +153,7 @@ def bm25_scores(
         if terms := word_tokens(query, language): scores[i] = index.get_scores(terms)
     return scores
 
-# %% ../nbs/31_evaluation.ipynb #b83974bd
+# %% ../nbs/31_evaluation.ipynb #5094d5ed
 def bootstrap_interval(
     values: np.ndarray,        # (n,) one number for each query
     confidence: float = 0.95,  # between 0 and 1
@@ -168,7 +168,7 @@ def bootstrap_interval(
                        vectorized=True, batch=max(1, 2_000_000 // len(values)), random_state=np.random.default_rng(seed))
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
-# %% ../nbs/31_evaluation.ipynb #75f27eb0
+# %% ../nbs/31_evaluation.ipynb #7ac5d67f
 def table(
     evals: dict[str, Evaluation],        # name to evaluation
     metrics: tuple[str, ...] = METRICS,  # columns
@@ -183,7 +183,7 @@ def table(
         rows[name] |= dict(zip(metrics[1:], rest))
     return pd.DataFrame.from_dict(rows, orient="index")
 
-# %% ../nbs/31_evaluation.ipynb #4b5be81d
+# %% ../nbs/31_evaluation.ipynb #b490585c
 @dataclass(repr=False)
 class Comparison:
     "The difference of two systems on the same queries."
@@ -204,7 +204,7 @@ class Comparison:
         return (f"{self.metric} {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], p = {self.p_value:.2g}, "
                 f"{self.wins} of {self.n} queries better, {self.losses} worse")
 
-# %% ../nbs/31_evaluation.ipynb #66bc24f5
+# %% ../nbs/31_evaluation.ipynb #ff62566e
 def paired(
     a: Evaluation,             # the one that may be better
     b: Evaluation,             # what it is compared with, on the same queries in the same order
@@ -223,7 +223,7 @@ def paired(
     low, high = bootstrap_interval(d, confidence, seed)
     return Comparison(metric, float(d.mean()), low, high, float(p), len(d), int((d > 0).sum()), int((d < 0).sum()))
 
-# %% ../nbs/31_evaluation.ipynb #31b8df74
+# %% ../nbs/31_evaluation.ipynb #38fb88dc
 def holm(
     p_values: list[float],  # (m,) of m tests
 ) -> np.ndarray:            # (m,) adjusted, in the same order
@@ -233,7 +233,7 @@ def holm(
     adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
     return adjusted
 
-# %% ../nbs/31_evaluation.ipynb #cb3dde0c
+# %% ../nbs/31_evaluation.ipynb #a38e9b65
 def plot_intervals(
     before: dict[str, Evaluation],               # name of a mode to its evaluation
     after: dict[str, Evaluation] | None = None,  # the same later; a mode may be in one of the two only
@@ -270,7 +270,7 @@ def _fusion_loss(w, mats, relevant, ridge):
     grad = np.array([np.vdot(pull, m) for m in mats], dtype=np.float64) / len(p)
     return float(-np.log(hit).mean()) + ridge * w @ w, grad + 2 * ridge * w
 
-# %% ../nbs/31_evaluation.ipynb #c06f7c73
+# %% ../nbs/31_evaluation.ipynb #973b6339
 def fit_weights(
     scores: dict[str, np.ndarray],  # mode to its (n_q, n_p) matrix, on validation queries
     qrels: list[set[int]],          # the relevant passages of each query
@@ -291,7 +291,7 @@ def fit_weights(
     w = (w if w.any() else np.ones(len(mats))) / spread
     return dict(zip(scores, (w / w.sum()).tolist()))
 
-# %% ../nbs/31_evaluation.ipynb #d6a954cd
+# %% ../nbs/31_evaluation.ipynb #4799a3f5
 def validation_metrics(
     scores: dict[str, np.ndarray],  # mode -> (n_q, n_p)
     qrels: list[set[int]],          # relevant passages of each query

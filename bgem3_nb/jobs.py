@@ -262,7 +262,7 @@ def plan_job(
     values["out"] = values["out"] or f"data/runs/{name}"
     return JobPlan(name, path, values, origins, Path(values["out"]))
 
-# %% ../nbs/41_jobs.ipynb #d1669ae4
+# %% ../nbs/41_jobs.ipynb #456994ba
 def _kernel_class(progress, started):
     "A kernel manager whose kernel is this very interpreter; the kernels it starts are put into `started`."
     base, spec_class = _needs("jupyter_client").AsyncKernelManager, _needs("jupyter_client.kernelspec").KernelSpec
@@ -270,6 +270,7 @@ def _kernel_class(progress, started):
     clone = Path(find_spec("bgem3_nb").origin).parent.parent
     path = [str(clone)] if (clone / "settings.ini").exists() else []
     env = {"PYTHONPATH": os.pathsep.join(path + [p for p in [os.environ.get("PYTHONPATH")] if p])}
+    env["PYTHONWARNINGS"] = ",".join([*filter(None, [os.environ.get("PYTHONWARNINGS")]), "ignore:IProgress not found"])  # tqdm's advice
     env["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # figures go into the notebook
     if not progress: env["TQDM_DISABLE"] = "1"
     spec = spec_class(**this_python, env=env)
@@ -359,13 +360,14 @@ def execute(
     _write_html(done, plan.file(".html"), hide_code)
     return done
 
-# %% ../nbs/41_jobs.ipynb #8824567e
+# %% ../nbs/41_jobs.ipynb #c7a9ec1e
 def _run_cells(plan, running, progress):
     "Run the notebook at `running` in place: (exit code, what went wrong)."
     papermill = _needs("papermill")
     started, path = [], str(running).replace("{", "{{").replace("}", "}}")  # papermill formats the path
     changed = {k: v for k, v in plan.values.items() if plan.origins[k] != "default" or k == "out"}
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of lines it cannot read; they have been checked here
+    if not progress and plan.values.get("progress") is True: changed["progress"] = False
     with _stoppable(started) as came:
         report = _Report(progress, came)
         try:
@@ -451,7 +453,7 @@ def _list_params(name):
     for p in job_params(path).values(): print(f"  {p.name:20} {p.type_name:24} {p.default!r:24} {p.help}")
     print("\noptions: see bgem3-job --help")
 
-# %% ../nbs/41_jobs.ipynb #259ff7b0
+# %% ../nbs/41_jobs.ipynb #fc50639a
 def _parser():
     p = _Parser(prog="bgem3-job", usage="bgem3-job [list] | NAME [-p NAME VALUE] [-f FILE] [--out DIR] [options]",
                 description="Run a job: a notebook, with your parameters. Results go to the run's directory.")
@@ -462,7 +464,7 @@ def _parser():
     p.add_argument("--out", help="the run's directory (default: data/runs/<name of the parameter file>, or the job's own)")
     p.add_argument("--force", action="store_true", help="run over a finished run in that directory")
     p.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
-    p.add_argument("--no-progress", action="store_true", help="no section titles, no progress bars")
+    p.add_argument("--no-progress", action="store_true", help="no section titles, no progress bars (and progress=False, where a job has it)")
     p.add_argument("--hide-code", action="store_true", help="leave the code out of the HTML page")
     return p
 

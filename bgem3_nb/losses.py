@@ -9,7 +9,7 @@ __all__ = ['REMOVED', 'term_weights', 'lexical_matrix', 'maxsim_matrix', 'score_
 import torch
 import torch.nn.functional as F
 
-# %% ../nbs/10_losses.ipynb #610edde3
+# %% ../nbs/10_losses.ipynb #73c36ae3
 def term_weights(
     ids: torch.Tensor,       # (b, n) token ids
     weights: torch.Tensor,   # (b, n) weights >= 0, 0 where a position does not count
@@ -28,7 +28,7 @@ def lexical_matrix(
     terms = torch.unique(q_ids)
     return term_weights(q_ids, q_weights, terms) @ term_weights(p_ids, p_weights, terms).T
 
-# %% ../nbs/10_losses.ipynb #5fa329f5
+# %% ../nbs/10_losses.ipynb #416ce839
 def maxsim_matrix(
     q_multi: torch.Tensor, q_mask: torch.Tensor,   # (b, n, d) unit vectors; (b, n), 1 on real tokens
     p_multi: torch.Tensor, p_mask: torch.Tensor,   # (m, k, d) unit vectors; (m, k)
@@ -42,7 +42,7 @@ def maxsim_matrix(
     sums = best.new_zeros(len(q_mask), len(p_mask)).index_add(0, owner, best)
     return sums / q_mask.sum(1, keepdim=True).clamp(min=1)
 
-# %% ../nbs/10_losses.ipynb #145697db
+# %% ../nbs/10_losses.ipynb #1ff98100
 def score_matrices(
     q,        # outputs for the queries: .dense (b, d), .lexical (b, n), .multi (b, n-1, d), .ids, .mask
     chunks,   # list of the same for the passages, m in all
@@ -54,7 +54,7 @@ def score_matrices(
     if q.multi is not None: scores["multi"] = torch.cat([maxsim_matrix(q.multi, q.mask, p.multi, p.mask) for p in chunks], 1)
     return scores
 
-# %% ../nbs/10_losses.ipynb #56514f25
+# %% ../nbs/10_losses.ipynb #cb40b465
 REMOVED = -1e9   # a logit that softmax turns into exactly 0, and that stays finite when multiplied by it
 
 def info_nce(

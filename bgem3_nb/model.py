@@ -18,7 +18,7 @@ from torch import nn
 
 from .backbone import embedded_path, load_backbone
 
-# %% ../nbs/01_model.ipynb #1b9cd570
+# %% ../nbs/01_model.ipynb #40e5897e
 POOLINGS = ("cls", "mean", "last")
 CONFIG_FILE = "bgem3_nb.json"
 HEAD_FILES = {"lexical_head": "sparse_linear.pt", "multi_head": "colbert_linear.pt"}
@@ -53,7 +53,7 @@ class M3Config:
             if k not in known: raise ValueError(f"{file}: unknown setting {k!r}; known are {', '.join(sorted(known))}")
         return cls(**{**saved, **{k: v for k, v in overrides.items() if v is not None}})
 
-# %% ../nbs/01_model.ipynb #30543098
+# %% ../nbs/01_model.ipynb #5f178911
 def replace_file(
     path: Path,     # file to write
     data: bytes,    # its whole content
@@ -68,7 +68,7 @@ def replace_file(
         Path(tmp).unlink(missing_ok=True)
         raise
 
-# %% ../nbs/01_model.ipynb #d663e00b
+# %% ../nbs/01_model.ipynb #a532684c
 def pool(
     hidden: torch.Tensor,   # last hidden states, (b, n, d)
     mask: torch.Tensor,     # attention mask, (b, n), 1 on real tokens; padding on the right
@@ -79,7 +79,7 @@ def pool(
     if pooling == "mean": return (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True)
     return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
 
-# %% ../nbs/01_model.ipynb #077a10fa
+# %% ../nbs/01_model.ipynb #3c3cc5a7
 @dataclass
 class M3Output:
     "What one forward pass gives; parts that were not asked for are None."
@@ -89,7 +89,7 @@ class M3Output:
     ids: torch.Tensor | None = None      # (b, n), the token ids that the lexical weights belong to
     mask: torch.Tensor | None = None     # (b, n-1), 1 where `multi` holds a real token
 
-# %% ../nbs/01_model.ipynb #ed207a10
+# %% ../nbs/01_model.ipynb #36404fef
 OUTPUTS = ("dense", "lexical", "multi")
 
 class M3Model(nn.Module):
@@ -141,7 +141,7 @@ class M3Model(nn.Module):
         "Save encoder, tokenizer, heads and settings in the directory `path`; see `save_model`, below."
         save_model(self, path)
 
-# %% ../nbs/01_model.ipynb #915eb004
+# %% ../nbs/01_model.ipynb #26b0160a
 NEW_HEADS = ("identity", "random")
 
 def init_heads(
@@ -158,7 +158,7 @@ def init_heads(
         model.lexical_head.bias.fill_(.1); model.multi_head.bias.zero_()
         if new_heads == "identity": nn.init.eye_(model.multi_head.weight)
 
-# %% ../nbs/01_model.ipynb #4dea5a94
+# %% ../nbs/01_model.ipynb #0981f0f8
 def save_directory(
     path: str | Path,   # directory to make or to refresh
     write,              # called with a temporary directory to fill
@@ -176,7 +176,7 @@ def save_directory(
             for f in sorted(tmp.iterdir()): os.replace(f, path/f.name)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/01_model.ipynb #d175b045
+# %% ../nbs/01_model.ipynb #4ad047a7
 def save_model(
     model: M3Model,     # its weights are saved in the precision they have
     path: str | Path,   # directory
@@ -190,7 +190,7 @@ def save_model(
         model.config.save(tmp)
     save_directory(path, write)
 
-# %% ../nbs/01_model.ipynb #708a08cc
+# %% ../nbs/01_model.ipynb #50827996
 def find_head(
     name_or_path: str,  # directory or hub name
     file: str,          # "sparse_linear.pt" or "colbert_linear.pt"
@@ -201,7 +201,7 @@ def find_head(
     found = cached_file(str(name_or_path), file, _raise_exceptions_for_missing_entries=False)
     return Path(found) if found else None
 
-# %% ../nbs/01_model.ipynb #a4b376b8
+# %% ../nbs/01_model.ipynb #0eaefdc2
 def load_heads(
     model: M3Model,     # its heads are filled
     name_or_path: str,  # directory or hub name
@@ -215,7 +215,7 @@ def load_heads(
         try: getattr(model, head).load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         except Exception as e: raise ValueError(f"{file}: not a state dict that fits this encoder: {e}") from None
 
-# %% ../nbs/01_model.ipynb #036b3988
+# %% ../nbs/01_model.ipynb #db2604b7
 def multi_width(
     name_or_path: str,  # directory or hub name
 ) -> int | None:        # None where there is no trained multi-vector head
@@ -223,7 +223,7 @@ def multi_width(
     file = find_head(name_or_path, HEAD_FILES["multi_head"])
     return len(torch.load(file, map_location="cpu", weights_only=True)["weight"]) if file else None
 
-# %% ../nbs/01_model.ipynb #c79aebe0
+# %% ../nbs/01_model.ipynb #0f30d179
 def load_model(
     name_or_path: str | Path = "embedded",  # "embedded", a directory, or a hub name such as "BAAI/bge-m3"
     new_heads: str = "",                    # "" loads trained heads; "identity" or "random" starts new ones

@@ -40,14 +40,14 @@ SCHEMA = pa.schema({
     "neg_ids": TEXTS,              # an id for each hard negative, or nothing
 })
 
-# %% ../nbs/20_rows.ipynb #683c423d
+# %% ../nbs/20_rows.ipynb #1ec6ff7f
 LABELS = ("language", "query_type", "source", "domain", "difficulty")
 PARALLEL = {"pos": ("pos_scores", "pos_ids"), "neg": ("neg_scores", "neg_weights", "neg_types", "neg_ids")}
 
-# %% ../nbs/20_rows.ipynb #765b76fc
+# %% ../nbs/20_rows.ipynb #5608ee9a
 ALIASES = {"anchor": "query", "positive": "pos", "negative": "neg", "id": "query_id", "type": "query_type"}
 
-# %% ../nbs/20_rows.ipynb #cd139efe
+# %% ../nbs/20_rows.ipynb #1aa03730
 class RowError(ValueError):
     "A row, or a file of rows, that cannot be used; knows its `file`, `line` and `field`."
     def __init__(self,
@@ -151,7 +151,7 @@ def _missing(name, row):
     return RowError("no positive passage; give at least one, or remove the row" if name == "pos"
                     else "the text is empty; fill it in, or remove the row", field=name)
 
-# %% ../nbs/20_rows.ipynb #f3318636
+# %% ../nbs/20_rows.ipynb #048eae22
 def to_nfc(
     text: str | list[str],  # one text, or several
 ) -> str | list[str]:
@@ -176,7 +176,7 @@ def _to_list(rows):
     "All rows as dicts, which is faster than asking for one after the other."
     return rows.with_format("arrow")[:].to_pylist()
 
-# %% ../nbs/20_rows.ipynb #f91cc620
+# %% ../nbs/20_rows.ipynb #642d49a1
 def make_rows(
     rows: Iterable[dict],               # dicts with at least `query` and `pos`
     source_name: str = "",              # fills an empty `source`, and names the rows in errors
@@ -252,7 +252,7 @@ def _readable(path):
         raise RowError(f"unknown format '{path.suffix}'; it must be one of {', '.join(READERS)}", path)
     return path
 
-# %% ../nbs/20_rows.ipynb #9625a92c
+# %% ../nbs/20_rows.ipynb #b03eb7c0
 def read_rows(
     path: str | Path,                # .jsonl, .json, .csv, .tsv or .parquet
     rename: dict[str, str] | None = None,  # column of the file -> its name in the schema
@@ -268,7 +268,7 @@ def read_rows(
     if not len(rows): raise RowError("the file holds no rows", path)
     return rows
 
-# %% ../nbs/20_rows.ipynb #d594e97b
+# %% ../nbs/20_rows.ipynb #a4ab7c63
 def write_rows(
     rows: Dataset | Iterable[dict],  # rows of the schema, or dicts for `make_rows`
     path: str | Path,                # a .jsonl file; its directory is made where needed
@@ -289,7 +289,7 @@ def write_rows(
     finally: temporary.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/20_rows.ipynb #40a365db
+# %% ../nbs/20_rows.ipynb #702d7c11
 def fold(
     text: str,
 ) -> str:
@@ -312,7 +312,7 @@ def _merged(group):
                 for name in (texts, *kept): row[name].append(r[name][i])
     return row
 
-# %% ../nbs/20_rows.ipynb #0c6c126c
+# %% ../nbs/20_rows.ipynb #f4376299
 def merge_queries(
     rows: Dataset,                  # rows of the schema
     within: str | None = "domain",  # rows that differ in this column stay apart; None merges across all
@@ -341,7 +341,7 @@ def _drawn(keys, part, seed):
     ordered = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
     return set(ordered[:math.ceil(part * len(ordered))])
 
-# %% ../nbs/20_rows.ipynb #edd546ba
+# %% ../nbs/20_rows.ipynb #7b4a93b9
 def split_rows(
     rows: Dataset,                        # rows of the schema
     by: str = "domain",                   # the label that must not be on both sides of the test
@@ -363,7 +363,7 @@ def split_rows(
     if "train" not in sides: raise ValueError(f"no row is left to train on; hold out fewer values of {by}")
     return {name: rows.select([i for i, side in enumerate(sides) if side == name]) for name in ("train", "valid", "test")}
 
-# %% ../nbs/20_rows.ipynb #048c4622
+# %% ../nbs/20_rows.ipynb #10080a3b
 def overlap(
     a: Dataset,  # one part
     b: Dataset,  # another part
@@ -373,7 +373,7 @@ def overlap(
     positives = [{fold(p) for pos in part["pos"] for p in pos} for part in (a, b)]
     return {"query": len(queries[0] & queries[1]), "pos": len(positives[0] & positives[1])}
 
-# %% ../nbs/20_rows.ipynb #28c1405c
+# %% ../nbs/20_rows.ipynb #59aa854c
 @dataclass
 class RetrievalSet:
     "Distinct queries, distinct passages, and which passages are relevant to which query."
@@ -413,7 +413,7 @@ class _Passages:
             self.ids[i] = next(name for n in range(len(self.ids) + 1) if (name := f"p{i}" + "'" * n) not in self.aliases)
             self.aliases[self.ids[i]] = i
 
-# %% ../nbs/20_rows.ipynb #5ce9dfdd
+# %% ../nbs/20_rows.ipynb #f80ed558
 def retrieval_set(
     rows: Dataset,                  # rows of the schema; equal queries are merged first
     corpus: Dataset | None = None,  # further rows whose passages are searched, but not asked for

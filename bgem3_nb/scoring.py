@@ -12,7 +12,7 @@ import torch
 
 from .encoding import Embeddings
 
-# %% ../nbs/03_scoring.ipynb #9a63b90d
+# %% ../nbs/03_scoring.ipynb #be57c8ef
 def dense_scores(
     q: Embeddings,   # queries, with `dense`
     p: Embeddings,   # passages, with `dense`
@@ -27,7 +27,7 @@ def lexical_scores(
     "Sum over the shared tokens of the product of their weights."
     return (q.lexical @ p.lexical.T).toarray()
 
-# %% ../nbs/03_scoring.ipynb #1d5f7e44
+# %% ../nbs/03_scoring.ipynb #7cf292d3
 def maxsim_scores(
     q: Embeddings,             # queries, with `multi`
     p: Embeddings,             # passages, with `multi`
@@ -48,7 +48,7 @@ def maxsim_scores(
         scores[:, block] = segment_means(best, q.offsets)
     return scores
 
-# %% ../nbs/03_scoring.ipynb #a3e4f2bb
+# %% ../nbs/03_scoring.ipynb #df612bbb
 def best_matches(
     tokens: torch.Tensor,   # (t, d) vectors of the queries' tokens
     p: Embeddings,          # passages
@@ -72,7 +72,7 @@ def segment_means(
     sums = torch.zeros(len(counts), values.shape[1], device=values.device).index_add_(0, owner, values.float())
     return (sums / counts.clamp(min=1)[:, None]).cpu().numpy()
 
-# %% ../nbs/03_scoring.ipynb #835158fd
+# %% ../nbs/03_scoring.ipynb #01797ed7
 PAPER_WEIGHTS = {"dense+lexical": {"dense": 1., "lexical": .3},                # paper, section 4.1
                  "all": {"dense": 1., "lexical": .3, "multi": 1.},             # MIRACL, MKQA
                  "all, long": {"dense": .15, "lexical": .5, "multi": .35}}     # MLDR

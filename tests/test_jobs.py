@@ -148,6 +148,13 @@ def test_kernel_is_this_interpreter_and_stands_here(job, launch, tmp_path):
     assert package == str(REPO / "bgem3_nb" / "__init__.py")
 
 
+def test_no_progress_is_quiet(job, launch):
+    job("50_toy", PARAMETERS + "\nprogress: bool = True", "from tqdm.auto import tqdm\nfor i in tqdm([1]): pass\nprint(progress)")
+    loud, quiet = launch("toy", "--out", "loud"), launch("toy", "--out", "quiet", "--no-progress")
+    assert loud.stdout == "True\n" and "50_toy" in loud.stderr and "1/1" in loud.stderr and "IProgress" not in loud.stderr
+    assert quiet.stdout == "False\n" and quiet.stderr.count("\n") == 1, quiet.stderr
+
+
 def test_leaves_out_cells_that_are_not_evaluated(job, launch):
     job("50_toy", PARAMETERS, "#| hide\n#| eval: false\nraise SystemError", "print('here')")
     result = launch("toy")

@@ -12,16 +12,13 @@ def cases(tmp_path):
         path = tmp_path / name
         path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in (GOOD, GOOD | {"domain": "b"}, *lines)), encoding="utf-8")
         return ["-p", "source", str(path), "-p", "test", "[b]"]
-    headless = tmp_path / "headless"
-    headless.mkdir()
-    (headless / "config.json").write_text("{}")
     return {
         "empty positive": (rows("empty.jsonl", GOOD | {"pos": [""]}), ["empty.jsonl", "line 3", "pos"]),
         "missing column": (rows("missing.jsonl", {"query": "q"}), ["missing.jsonl", "line 3", "pos"]),
         "not a string": (rows("number.jsonl", GOOD | {"query": 7}), ["number.jsonl", "line 3", "query"]),
         "no such file": (["-p", "source", "nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
-        "no such domain": (rows("fine.jsonl")[:2] + ["-p", "test", "[c]"], ["'c'", "there are 'a', 'b'"]),
-        "no heads": (rows("fine.jsonl") + ["-p", "new_heads", ""], ["no trained heads", "new_heads="]),
+        "no such domain": (rows("fine.jsonl")[:3] + ["-p", "test", "[c]"], ["'c'", "there are 'a', 'b'"]),
+        "no heads": (rows("more.jsonl", GOOD | {"query": "ngày phép"}) + ["-p", "new_heads", ""], ["no trained heads", "new_heads="]),
     }
 
 

@@ -17,10 +17,13 @@ IGNORED = shutil.ignore_patterns(".venv", ".git", "_*", "*.egg-info", "__pycache
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def call(*words, cwd=root, env=None):
-    "Run a command; its failure is an exception."
+def call(*words, cwd=root, env=None, quiet=False):
+    "Run a command; its failure is an exception. A quiet one prints only when it fails."
     print("$", *(str(w).replace(str(root) + "/", "") for w in words if "\n" not in str(w)), flush=True)
-    subprocess.run([str(w) for w in words], cwd=cwd, env=env or offline, check=True)
+    done = subprocess.run([str(w) for w in words], cwd=cwd, env=env or offline, stdout=subprocess.PIPE if quiet else None,
+                          stderr=subprocess.STDOUT if quiet else None, text=True)
+    if done.returncode and quiet: print(done.stdout)
+    done.check_returncode()
 
 
 def copy_tree(target):
@@ -92,13 +95,13 @@ INSTALLED = ALONE + "for name in bgem3_nb.__all__: getattr(bgem3_nb, name)\n"
 def packages():
     "sdist, a wheel from it, each installed in an empty environment, alone and with what it needs, and used from there."
     copy, env = copy_tree(work / "package"), {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    call(sys.executable, "-m", "build", "--outdir", work / "dist", cwd=copy, env=env)
+    call(sys.executable, "-m", "build", "--outdir", work / "dist", cwd=copy, env=env, quiet=True)
     wheel, sdist = next((work / "dist").glob("*.whl")), next((work / "dist").glob("*.tar.gz"))
     for file, needs in ((sdist, False), (wheel, True)):
         venv = work / f"venv-{file.suffix[1:]}"
         python, pip = venv / "bin" / "python", ["-m", "pip", "install", "-q", "--disable-pip-version-check"]
         call(sys.executable, "-m", "venv", venv, env=env)
-        call(python, *pip, *(["-c", root / "constraints.txt", f"{file}[all]"] if needs else ["--no-deps", file]), cwd=work, env=env)
+        call(python, *pip, *(["-c", root / "constraints.txt", f"{file}[all]"] if needs else ["--no-deps", file]), cwd=work, env=env, quiet=True)
         call(python, "-c", INSTALLED if needs else ALONE, cwd=work, env=env)
         call(venv / "bin" / "bgem3-job", "list", cwd=work, env=env)
         if needs: call(venv / "bin" / "bgem3-job", "train", "-f", "train_smoke", "--dry-run", cwd=work, env=env)
