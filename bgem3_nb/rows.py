@@ -324,7 +324,7 @@ def merge_queries(
         groups.setdefault(key, []).append(row)
     return _from_list([group[0] if len(group) == 1 else _merged(group) for group in groups.values()])
 
-# %% ../nbs/20_rows.ipynb #6e96c6e0
+# %% ../nbs/20_rows.ipynb #9edd5253
 def _values(rows, by, values, what):
     "The wanted values of a column as a set, or a ValueError that lists what there is."
     values, known = {values} if isinstance(values, str) else set(values), sorted(set(rows[by]))
@@ -336,30 +336,33 @@ def _values(rows, by, values, what):
         raise ValueError(f"row {rows[by][:].index('') + 1} has an empty {by}, so it is on neither side; fill it in")
     return values
 
-def _drawn(keys, part, seed):
-    "A part of the texts, chosen by a hash of text and seed."
+def _held_out(rows, by, choice, what, labels, keys, seed):
+    "For each row whether it is held out: by its label, or a part of the queries chosen by a hash of text and seed."
+    if not isinstance(choice, (int, float)):
+        values = _values(rows, by, choice, what)
+        return [v in values for v in labels]
+    if not 0 <= choice < 1: raise ValueError(f"{what}={choice} must be a part of at least 0 and below 1, or a list of values of {by}")
     ordered = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).digest())
-    return set(ordered[:math.ceil(part * len(ordered))])
+    drawn = set(ordered[:math.ceil(choice * len(ordered))])
+    return [k in drawn for k in keys]
 
-# %% ../nbs/20_rows.ipynb #7b4a93b9
+# %% ../nbs/20_rows.ipynb #5a74dc44
 def split_rows(
     rows: Dataset,                        # rows of the schema
     by: str = "domain",                   # the label that must not be on both sides of the test
-    test: str | Iterable[str] = (),       # its values to hold out
+    test: float | str | Iterable[str] = (),  # its values to hold out; or a part of the queries, whatever their label
     valid: float | Iterable[str] = 0.1,   # part of the other queries, or values of `by`
     seed: int = 0,                        # of the draw of validation queries
 ) -> dict[str, Dataset]:                  # "train", "valid", "test"; together all rows
     "Three parts; raises ValueError for unknown values, with those there are."
     if by not in LABELS: raise ValueError(f"by={by!r} is no label to split by; it must be one of {', '.join(LABELS)}")
-    test, labels, keys = _values(rows, by, test, "test"), rows[by][:], [fold(q) for q in rows["query"]]
-    if isinstance(valid, (int, float)):
-        if not 0 <= valid < 1: raise ValueError(f"valid={valid} must be a part of at least 0 and below 1, or a list of values of {by}")
-        drawn = _drawn((k for k, v in zip(keys, labels) if v not in test), valid, seed)
-        sides = ["test" if v in test else "valid" if k in drawn else "train" for k, v in zip(keys, labels)]
-    else:
-        valid = _values(rows, by, valid, "valid")
-        if both := sorted(test & valid): raise ValueError(f"{by} {both[0]!r} is both in test and in valid; choose one")
-        sides = ["test" if v in test else "valid" if v in valid else "train" for v in labels]
+    labels, keys = rows[by][:], [fold(q) for q in rows["query"]]
+    in_test = _held_out(rows, by, test, "test", labels, keys, f"{seed} test")
+    rest = [i for i, held in enumerate(in_test) if not held]
+    if not isinstance(valid, (int, float)) and not isinstance(test, (int, float)):
+        if both := sorted(_values(rows, by, test, "test") & _values(rows, by, valid, "valid")): raise ValueError(f"{by} {both[0]!r} is both in test and in valid; choose one")
+    in_valid = dict(zip(rest, _held_out(rows, by, valid, "valid", [labels[i] for i in rest], [keys[i] for i in rest], seed)))
+    sides = ["test" if held else "valid" if in_valid[i] else "train" for i, held in enumerate(in_test)]
     if "train" not in sides: raise ValueError(f"no row is left to train on; hold out fewer values of {by}")
     return {name: rows.select([i for i, side in enumerate(sides) if side == name]) for name in ("train", "valid", "test")}
 
