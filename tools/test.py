@@ -14,7 +14,8 @@ from pathlib import Path
 root = Path(__file__).resolve().parent.parent
 bin = Path(sys.executable).parent
 IGNORED = shutil.ignore_patterns(".venv", ".git", "_*", "*.egg-info", "__pycache__", "build", "dist", "runs", "cache", ".*_cache", ".ipynb_checkpoints")
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+           "OMP_WAIT_POLICY": "PASSIVE"}  # several processes share the cores: waiting threads must not spin
 
 
 def call(*words, cwd=root, env=None, quiet=False):
