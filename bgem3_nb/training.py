@@ -223,7 +223,7 @@ class PrintLog(TrainerCallback):
         numbers = "  ".join(f"{k.removeprefix(prefix)} {v:.3f}" for k, v in logs.items() if k.startswith(prefix) and "runtime" not in k and "distill" not in k)
         print(f"step {state.global_step:>4}  {kind} {logs.get('loss', ''):.6}  {numbers}", flush=True)
 
-# %% ../nbs/12_training.ipynb #aa8d5f7c
+# %% ../nbs/12_training.ipynb #79a229ba
 class M3Trainer(Trainer):
     "`transformers.Trainer` with the unified loss and validation by search."
     def __init__(self,
@@ -254,7 +254,7 @@ class M3Trainer(Trainer):
 
     def train(self, *args, **kwargs):
         "`Trainer.train`; on a CPU with plain attention, whose backward pass is faster there than the fused one's at a few hundred tokens."
-        encoder, plain = self.model.encoder, self.args.device.type == "cpu" and self.args.passage_length <= 512
+        encoder, plain = self.model.encoder, self.args.device.type == "cpu" and max(self.args.passage_length, self.args.search_length) <= 512
         usual = encoder.config._attn_implementation
         if plain: encoder.set_attn_implementation("eager")
         try: return super().train(*args, **kwargs)
