@@ -262,7 +262,7 @@ def plan_job(
     values["out"] = values["out"] or f"data/runs/{name}"
     return JobPlan(name, path, values, origins, Path(values["out"]))
 
-# %% ../nbs/41_jobs.ipynb #456994ba
+# %% ../nbs/41_jobs.ipynb #74efbf45
 def _kernel_class(progress, started):
     "A kernel manager whose kernel is this very interpreter; the kernels it starts are put into `started`."
     base, spec_class = _needs("jupyter_client").AsyncKernelManager, _needs("jupyter_client.kernelspec").KernelSpec
@@ -272,6 +272,7 @@ def _kernel_class(progress, started):
     env = {"PYTHONPATH": os.pathsep.join(path + [p for p in [os.environ.get("PYTHONPATH")] if p])}
     env["PYTHONWARNINGS"] = ",".join([*filter(None, [os.environ.get("PYTHONWARNINGS")]), "ignore:IProgress not found"])  # tqdm's advice
     env["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # figures go into the notebook
+    env["PYTHONWARNINGS"] = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"]))  # text bars are meant
     if not progress: env["TQDM_DISABLE"] = "1"
     spec = spec_class(**this_python, env=env)
 
