@@ -6,13 +6,14 @@
 __all__ = ['LAYER_PARTS', 'E5_PROMPTS', 'CONVERSION', 'cache_dir', 'dequantise', 'Cursor', 'E5File', 'embedded_file',
            'xlmr_state', 'xlmr_config', 'proto_field', 'nmt_nfkc', 'xlmr_tokenizer', 'write_backbone', 'is_complete',
            'remove_stale', 'publish', 'convert_embedded', 'embedded_path', 'check_name', 'load_encoder',
-           'check_tokenizer', 'load_backbone', 'pick_device', 'cpu_flags', 'pick_dtype']
+           'check_tokenizer', 'load_backbone', 'pick_device', 'cpu_flags', 'pick_dtype', 'attend', 'PackedEncoder']
 
-# %% ../nbs/00_backbone.ipynb #80c333c7
+# %% ../nbs/00_backbone.ipynb #68111483
 import json, os, secrets, shutil, struct, time
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import groupby
 from math import prod
 from pathlib import Path
 
@@ -356,3 +357,68 @@ def pick_dtype(
     if device.type != "cpu": return torch.float32, f"fp32: the safe choice on {device.type}"
     fast = sorted(cpu_flags() & {"avx512_bf16", "amx_bf16"})
     return (torch.bfloat16, f"bf16: the processor has {' and '.join(fast)}") if fast else (torch.float32, "fp32: the processor has no bf16 instructions")
+
+# %% ../nbs/00_backbone.ipynb #0224bc76
+def attend(
+    qkv: torch.Tensor,   # (texts * n, 3 * d) queries, keys and values of texts of equal length, side by side
+    n: int,              # tokens of each text
+    heads: int,          # attention heads
+) -> torch.Tensor:       # (texts * n, d)
+    "Self-attention within each text."
+    q, k, v = qkv.view(-1, n, 3, heads, qkv.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4)  # each [texts, heads, n, d / heads]
+    if qkv.dtype == torch.bfloat16 and n <= 512:
+        out = ((q * q.shape[-1]**-.5) @ (k - k.mean(2, keepdim=True)).transpose(-1, -2)).softmax(-1) @ v
+    else: out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).reshape(len(qkv), -1)
+
+# %% ../nbs/00_backbone.ipynb #40db4c31
+class PackedEncoder:
+    "A BERT, RoBERTa or XLM-R encoder on texts laid end to end: the same hidden states, no padding. For inference on the CPU."
+    def __init__(self,
+        encoder,                              # as `load_backbone` gives it
+        dtype: torch.dtype = torch.float32,   # precision of the products
+    ):
+        self.encoder, self.dtype, self.seen, self.layers = encoder, dtype, None, []
+        self.refresh()
+
+    @staticmethod
+    def serves(encoder) -> bool:
+        "Whether the encoder has the plain layers that this class knows: no adapters, no other attention or activation."
+        config = encoder.config
+        if config.model_type not in ("bert", "roberta", "xlm-roberta") or config.hidden_act != "gelu" or not hasattr(encoder, "encoder"): return False
+        plain = all(type(m) in (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.Embedding) for m in encoder.modules() if hasattr(m, "weight"))
+        return plain and getattr(config, "position_embedding_type", None) in (None, "absolute") and not config.is_decoder
+
+    def refresh(self):
+        "Take the weights again if they have changed since; whoever trains the encoder calls this."
+        now = [(w.data_ptr(), w._version, w.flatten()[0].item()) for w in self.encoder.encoder.parameters()]
+        if now == self.seen: return
+        part = lambda *m: (torch.cat([x.weight for x in m]).to(self.dtype), torch.cat([x.bias for x in m]).to(self.dtype))
+        norm = lambda m: (m.normalized_shape, m.weight.float(), m.bias.float(), m.eps)
+        self.seen, self.layers = now, [
+            (part(a.self.query, a.self.key, a.self.value), part(a.output.dense), norm(a.output.LayerNorm),
+             part(layer.intermediate.dense), part(layer.output.dense), norm(layer.output.LayerNorm))
+            for layer in self.encoder.encoder.layer for a in [layer.attention]]
+
+    def embed(self,
+        ids: list[list[int]],   # token ids
+    ) -> torch.Tensor:          # (tokens, d) fp32
+        "Word, position and type embeddings, before the first layer."
+        e, start = self.encoder.embeddings, 0 if self.encoder.config.model_type == "bert" else self.encoder.config.pad_token_id + 1
+        tokens, positions = torch.tensor([t for i in ids for t in i]), torch.cat([torch.arange(start, start + len(i)) for i in ids])
+        h = (e.word_embeddings(tokens) + e.token_type_embeddings.weight[0] + e.position_embeddings(positions)).float()
+        return torch.nn.functional.layer_norm(h, h.shape[1:], e.LayerNorm.weight.float(), e.LayerNorm.bias.float(), e.LayerNorm.eps)
+
+    @torch.inference_mode()
+    def __call__(self,
+        ids: list[list[int]],   # token ids of each text; equal lengths side by side are fastest
+    ) -> torch.Tensor:          # (tokens of all texts, d) fp32
+        "The last hidden states, text after text."
+        F, h, heads = torch.nn.functional, self.embed(ids), self.encoder.config.num_attention_heads
+        runs = [(n, sum(1 for _ in same)) for n, same in groupby(len(i) for i in ids)]
+        for qkv, out, norm1, up, down, norm2 in self.layers:
+            mixed = F.linear(h.to(self.dtype), *qkv).split([n * texts for n, texts in runs])
+            mixed = torch.cat([attend(m, n, heads) for m, (n, _) in zip(mixed, runs)])
+            h = F.layer_norm(h + F.linear(mixed, *out), *norm1)
+            h = F.layer_norm(h + F.linear(F.gelu(F.linear(h.to(self.dtype), *up)), *down), *norm2)
+        return h

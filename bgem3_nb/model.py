@@ -101,7 +101,7 @@ class M3Output:
     ids: torch.Tensor | None = None      # (b, n), the token ids that the lexical weights belong to
     mask: torch.Tensor | None = None     # (b, n-1), 1 where `multi` holds a real token
 
-# %% ../nbs/01_model.ipynb #36404fef
+# %% ../nbs/01_model.ipynb #77c9d03a
 OUTPUTS = ("dense", "lexical", "multi")
 
 class M3Model(nn.Module):
@@ -137,12 +137,17 @@ class M3Model(nn.Module):
         "The heads alone, on hidden states that are already there."
         hidden, out = hidden.to(self.multi_head.weight.dtype), M3Output(ids=input_ids, mask=attention_mask[:, 1:])
         if "dense" in outputs: out.dense = F.normalize(pool(hidden, attention_mask, self.config.pooling), dim=-1)
-        if "lexical" in outputs:
-            word = attention_mask.bool() & ~torch.isin(input_ids, self.special_ids)
-            out.lexical = F.relu(self.lexical_head(hidden).squeeze(-1).float()) * word
+        if "lexical" in outputs: out.lexical = self.lexical_weights(hidden, input_ids) * attention_mask
         if "multi" in outputs:
             out.multi = F.normalize(self.multi_head(hidden[:, 1:]).float(), dim=-1) * out.mask.unsqueeze(-1)
         return out
+
+    def lexical_weights(self,
+        hidden: torch.Tensor,      # (..., d)
+        input_ids: torch.Tensor,   # (...)
+    ) -> torch.Tensor:             # (...), >= 0
+        "The weight of each position as a word; 0 for special tokens."
+        return F.relu(self.lexical_head(hidden).squeeze(-1).float()) * ~torch.isin(input_ids, self.special_ids)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path = "embedded", **kwargs) -> "M3Model":
