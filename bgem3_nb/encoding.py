@@ -124,7 +124,7 @@ def lexical_rows(
     value = np.maximum.reduceat(value[order], first) if len(first) else value
     return csr_matrix((value, (key // shape[1], key % shape[1])), shape=shape, dtype=np.float32)
 
-# %% ../nbs/02_encoding.ipynb #0b783a1f
+# %% ../nbs/02_encoding.ipynb #9adba677
 def read_states(
     model: M3Model,         # for its heads
     hidden: torch.Tensor,   # (tokens, d) fp32, the states of several texts, end to end
@@ -141,8 +141,12 @@ def read_states(
         out.dense = normalize(pooled, dim=-1).cpu().numpy()
     if "lexical" in outputs:
         flat = torch.tensor([t for i in ids for t in i], dtype=torch.int64, device=hidden.device)
-        weights = model.lexical_weights(hidden, flat)
-        out.lexical = lexical_rows(owner.cpu().numpy(), flat.cpu().numpy(), weights.cpu().numpy(), (len(ids), model.encoder.config.vocab_size))
+        if model.config.lexical == "terms": terms, weights, of = *model.lexical_weights(hidden, flat, torch.ones_like(flat)), owner
+        else:
+            pad = lambda x: torch.nn.utils.rnn.pad_sequence(x.split(lengths.tolist()), batch_first=True)
+            terms, weights = model.lexical_weights(pad(hidden), pad(flat), pad(torch.ones_like(flat))) if ids else 2 * [flat[None]]
+            of = torch.arange(len(ids)).repeat_interleave(terms.shape[1])
+        out.lexical = lexical_rows(*(x.flatten().cpu().numpy() for x in (of, terms, weights)), (len(ids), model.encoder.config.vocab_size))
     if "multi" in outputs:
         kept = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device).index_fill_(0, first, False)
         out.multi = normalize(model.multi_head(hidden[kept]).float(), dim=-1).cpu().numpy()

@@ -149,7 +149,7 @@ def parameter_groups(
               for prefix, lr in rates.items() for decayed in (True, False)]
     return [g for g in groups if g["params"]]
 
-# %% ../nbs/12_training.ipynb #e2acd948
+# %% ../nbs/12_training.ipynb #ca1a0096
 @torch.no_grad()
 def token_states(
     model: M3Model,     # its encoder is used as it is
@@ -160,13 +160,9 @@ def token_states(
     progress: bool = False,  # show a bar
 ) -> list[tuple]:       # for each text (ids (n,), hidden states (n, d) in fp16)
     "The encoder's last hidden states of every text."
-    encoder = M3Encoder(model, dtype=dtype, device=model.special_ids.device, progress=False)
-    ids, out = encoder.tokenize(texts, prompt, length), [None] * len(texts)
-    for b in tqdm(token_batches(np.array([len(i) for i in ids]), encoder.batch_tokens), desc="hidden states", disable=not progress):
-        batch = model.tokenizer.pad({"input_ids": [ids[i] for i in b]}, return_tensors="pt").to(encoder.device)
-        with torch.autocast(encoder.device.type, dtype, enabled=dtype != torch.float32): hidden = model.encoder(**batch).last_hidden_state
-        for i, h in zip(b, hidden): out[i] = (torch.tensor(ids[i]), h[:len(ids[i])].half().cpu())
-    return out
+    encoder = M3Encoder(model, max_length=length, dtype=dtype, device=model.special_ids.device, progress=progress)
+    ids = encoder.tokenize(texts, prompt)
+    return [(torch.tensor(i), h.half()) for i, h in zip(ids, encoder.hidden(ids))]
 
 def head_weights(
     states: list[tuple],   # (ids, hidden states) of some texts
@@ -177,7 +173,7 @@ def head_weights(
     ids, hidden = pad([i for i, _ in states], batch_first=True), pad([h for _, h in states], batch_first=True).float()
     mask = pad([torch.ones_like(i) for i, _ in states], batch_first=True)
     device = model.special_ids.device
-    return ids.to(device), model.heads(hidden.to(device), ids.to(device), mask.to(device), outputs=("lexical",)).lexical
+    return model.lexical_weights(hidden.to(device), ids.to(device), mask.to(device))
 
 # %% ../nbs/12_training.ipynb #fcd5affc
 def warm_up_lexical(

@@ -1,0 +1,121 @@
+"""The encoder against the reference, against itself in other company, and when memory or a process is lost."""
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from bgem3_nb.encoding import Embeddings, EncoderPool, M3Encoder, out_of_memory
+
+WORDS = {
+    "vi": "Người lao động làm việc đủ mười hai tháng thì được nghỉ hằng năm hưởng nguyên lương theo hợp đồng; thuyền trưởng chỉ huy tàu biển.",
+    "ar": "إنما الأعمال بالنيات وإنما لكل امرئ ما نوى فمن كانت هجرته إلى الله ورسوله فهجرته إلى الله ورسوله",
+    "en": "An employee who has worked for twelve months is entitled to annual leave with full pay, unless the contract says otherwise.",
+    "zh": "劳动者 连续 工作 一年 以上的， 享受 带薪 年休假。 具体 办法 由 国务院 规定。 用人单位 应当 依法",
+    "ru": "Работник имеет право на ежегодный оплачиваемый отпуск продолжительностью двадцать восемь календарных дней; договор может это изменить.",
+    "hi": "कर्मचारी को बारह महीने काम करने के बाद वेतन सहित वार्षिक अवकाश का अधिकार है और अनुबंध इसे बढ़ा सकता है",
+    "ja": "労働者は 六か月間 継続勤務 すると 年次有給休暇 を 取得 できる。 使用者は これを 与え なければ ならない。",
+    "de": "Arbeitnehmer haben nach zwölf Monaten Anspruch auf bezahlten Jahresurlaub, sofern der Vertrag nichts Günstigeres vorsieht.",
+    "sw": "Mfanyakazi aliyefanya kazi kwa miezi kumi na miwili ana haki ya likizo ya mwaka yenye malipo kamili kulingana na mkataba.",
+}
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return M3Encoder.from_pretrained("embedded", new_heads="identity", dtype=torch.float32, progress=False)
+
+
+def random_texts(encoder, count, seed):
+    "Texts in nine languages, of 1 to more than 512 tokens, their words drawn at random."
+    rng = np.random.default_rng(seed)
+    lengths = [1, 2, 510, 511, 600, *rng.integers(1, 511, count - 5)]
+    languages = list(WORDS.values())
+    return [" ".join(rng.choice(languages[i % 9].split(), max(1, int(n / (1.3 + .7 * rng.random()))))) for i, n in enumerate(lengths)]
+
+
+def test_equals_the_reference(encoder, tmp_path):
+    from FlagEmbedding import BGEM3FlagModel
+    encoder.model.save_pretrained(tmp_path)
+    flag = BGEM3FlagModel(str(tmp_path), use_fp16=False, devices="cpu", pooling_method="mean")
+    texts = random_texts(encoder, 27, seed=3)
+    lengths = [len(i) for i in encoder.tokenize(texts)]
+    assert min(lengths) <= 4 and max(lengths) == 512
+    theirs = flag.encode(texts, batch_size=4, max_length=512, return_dense=True, return_sparse=True, return_colbert_vecs=True)
+    theirs, ours = Embeddings.from_dict(theirs, encoder.model.encoder.config.vocab_size), encoder.encode(texts)
+    assert abs(ours.dense - theirs.dense).max() < 1e-4
+    assert (ours.offsets == theirs.offsets).all() and abs(ours.multi - theirs.multi).max() < 1e-4
+    assert abs(ours.lexical - theirs.lexical).max() < 1e-4 and ours.lexical.nnz == theirs.lexical.nnz
+
+
+ALPHABET = st.sampled_from([w for text in WORDS.values() for w in text.split()] + ["", " ", "\u0000", "🙂", "x" * 40])
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.lists(ALPHABET, max_size=30).map(" ".join), min_size=1, max_size=6), budget=st.integers(1, 300))
+def test_company_does_not_matter(encoder, texts, budget):
+    other = M3Encoder(encoder.model, dtype=torch.float32, batch_tokens=budget, progress=False)
+    together = other.encode(texts)
+    assert len(together) == len(texts)
+    for i, text in enumerate(texts):
+        alone = encoder.encode([text])
+        assert np.allclose(alone.dense[0], together.dense[i], atol=1e-5)
+        assert np.allclose(alone.multi, together.vectors(i), atol=1e-5)
+        assert abs(alone.lexical - together.lexical[[i]]).max() < 1e-5
+
+
+MEMORY = """
+import resource, torch
+from bgem3_nb.encoding import M3Encoder
+encoder = M3Encoder.from_pretrained("embedded", new_heads="identity", dtype=torch.float32, batch_tokens=200_000, progress=False)
+texts = ["một hai ba bốn năm sáu " * 60 + str(i) for i in range(60)]
+small = M3Encoder(encoder.model, dtype=torch.float32, batch_tokens=1024, progress=False).encode(texts)
+pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (pages + {spare} * 2**20,) * 2)
+large = encoder.encode(texts)
+assert encoder.batch_tokens < 200_000, encoder.batch_tokens
+assert abs(small.dense - large.dense).max() < 1e-5
+print("halved to", encoder.batch_tokens)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits on the address space are Linux's")
+def test_true_lack_of_memory_halves_the_budget(env):
+    done = subprocess.run([sys.executable, "-c", MEMORY.replace("{spare}", "150")], env={**env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+    assert "halved to" in done.stdout, done.stderr[-2000:]
+
+
+def test_other_errors_are_shown_as_they_are(encoder):
+    class Broken(torch.nn.Module):
+        def forward(self, hidden): raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    whole, encoder.model.multi_head = encoder.model.multi_head, Broken()
+    budget = encoder.batch_tokens
+    try:
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"): encoder.encode(["a", "b"])
+    finally: encoder.model.multi_head = whole
+    assert encoder.batch_tokens == budget and torch.get_num_threads() >= 1
+    assert not out_of_memory(RuntimeError("CUDA error: device-side assert triggered")) and out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert len(encoder.encode(["a", "b"])) == 2
+
+
+def test_a_pool_gives_the_same_and_says_when_a_process_dies(encoder):
+    texts = random_texts(encoder, 30, seed=5) * 10    # more than one part
+    with EncoderPool(encoder.model, ["cpu", "cpu"], dtype=torch.float32, max_length=64, progress=False) as pool:
+        one, two = encoder.encode(texts, max_length=64), pool.encode(texts)
+        assert np.allclose(one.dense, two.dense, atol=1e-5) and (one.offsets == two.offsets).all() and abs(one.lexical - two.lexical).max() < 1e-5
+        assert len(pool.encode([])) == 0
+        with pytest.raises(ValueError, match="text 1 is int"): pool.encode(["a", 3])
+        with pytest.raises(ValueError, match="positions for 3 to 512"): pool.encode(["a"], max_length=9999)    # raised in the process, shown here
+        victim = next(iter(pool.executor._processes))
+        threading.Timer(.3, os.kill, (victim, signal.SIGKILL)).start()
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="a process of the pool died"):
+            for _ in range(200): pool.encode(texts)
+        assert time.monotonic() - start < 60
+    with EncoderPool(encoder.model, ["nowhere:0"], dtype=torch.float32, progress=False) as pool:
+        with pytest.raises(RuntimeError, match="nowhere"): pool.encode(["a"])
