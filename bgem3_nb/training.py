@@ -6,7 +6,7 @@
 __all__ = ['M3TrainingArguments', 'TrainingRows', 'M3Collator', 'freeze', 'parameter_groups', 'token_states', 'head_weights',
            'warm_up_lexical', 'PrintLog', 'M3Trainer', 'search_scores', 'load_weights']
 
-# %% ../nbs/12_training.ipynb #541bb23b
+# %% ../nbs/12_training.ipynb #4ccabdb0
 import random, time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -23,11 +23,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from .backbone import pick_device, pick_dtype
 from .distillation import unified_loss
 from .encoding import M3Encoder, token_batches
-from .losses import info_nce, lexical_matrix, score_matrices
+from .losses import flops_penalty, info_nce, lexical_matrix, score_matrices
 from .model import OUTPUTS, M3Model, load_heads
 from .scoring import all_scores
 
-# %% ../nbs/12_training.ipynb #8587de9c
+# %% ../nbs/12_training.ipynb #728e7a46
 @dataclass
 class M3TrainingArguments(TrainingArguments):
     "`transformers.TrainingArguments`, with what BGE-M3's training needs beside them."
@@ -39,7 +39,8 @@ class M3TrainingArguments(TrainingArguments):
     passage_length: int = 256             # tokens after which a passage is cut in training
     search_length: int = 512              # tokens after which a text is cut in validation
     chunk_tokens: int = 4096              # passages go through the encoder in chunks of so many tokens
-    lexical_learning_rate: float = 2e-3   # of the lexical head
+    lexical_learning_rate: float = 5e-4   # of the lexical head
+    lexical_sparsity: float = 0.          # weight of the penalty on frequent terms; for a head that expands
     multi_learning_rate: float = 1e-4     # of the multi-vector head
     freeze_embeddings: bool = True        # leave the token embeddings as they are
     freeze_layers: int = 0                # lowest layers of the encoder that stay as they are
@@ -175,7 +176,7 @@ def head_weights(
     device = model.special_ids.device
     return model.lexical_weights(hidden.to(device), ids.to(device), mask.to(device))
 
-# %% ../nbs/12_training.ipynb #fcd5affc
+# %% ../nbs/12_training.ipynb #3c935f39
 def warm_up_lexical(
     model: M3Model,               # its lexical head is changed, nothing else
     rows,                         # rows with `query` and `pos`
@@ -195,7 +196,12 @@ def warm_up_lexical(
     queries = token_states(model, [r["query"] for r in rows], model.config.query_prompt, length, dtype)
     passages = token_states(model, [r["pos"][0] for r in rows], model.config.passage_prompt, length, dtype, progress)
     same = torch.tensor([[p["pos"][0] in q["pos"] for p in rows] for q in rows])
-    opt, losses = torch.optim.Adam(model.lexical_head.parameters(), lr=learning_rate), []
+    head, factor = model.lexical_head, (temperature[1] / temperature[0]) ** .5
+    scaled, losses = ([head.scale], []) if model.config.lexical == "expansion" else (list(head.parameters()), [])
+    if model.config.lexical == "expansion":   # it starts at the scale of the training that follows, and learns slower
+        learning_rate /= 5
+        with torch.no_grad(): head.scale.div_(factor)
+    opt = torch.optim.Adam(head.parameters(), lr=learning_rate)
     for step in tqdm(range(steps), desc="lexical head", disable=not progress):
         for g in opt.param_groups: g["lr"] = learning_rate * min(1, (step + 1) / 20) * (1 + np.cos(np.pi * step / steps)) / 2
         b = draw.sample(range(len(rows)), min(batch_size, len(rows)))
@@ -203,7 +209,7 @@ def warm_up_lexical(
         loss = info_nce(scores, torch.arange(len(b), device=scores.device), temperature[0], (~same[b][:, b]).float().to(scores.device))
         opt.zero_grad(); loss.backward(); opt.step(); losses.append(loss.item())
     with torch.no_grad():
-        for p in model.lexical_head.parameters(): p.mul_((temperature[1] / temperature[0]) ** .5)
+        for p in scaled: p.mul_(factor)
     return losses
 
 # %% ../nbs/12_training.ipynb #e1a37c44
@@ -219,7 +225,7 @@ class PrintLog(TrainerCallback):
         numbers = "  ".join(f"{k.removeprefix(prefix)} {v:.3f}" for k, v in logs.items() if k.startswith(prefix) and "runtime" not in k and "distill" not in k)
         print(f"step {state.global_step:>4}  {kind} {logs.get('loss', ''):.6}  {numbers}", flush=True)
 
-# %% ../nbs/12_training.ipynb #79a229ba
+# %% ../nbs/12_training.ipynb #719e7db5
 class M3Trainer(Trainer):
     "`transformers.Trainer` with the unified loss and validation by search."
     def __init__(self,
@@ -245,7 +251,10 @@ class M3Trainer(Trainer):
         chunks = [model(**c, outputs=args.modes) for c in inputs["passages"]]
         distill = 0 <= args.distill_start <= self.state.global_step
         loss, parts = unified_loss(score_matrices(queries, chunks), inputs["target"], args.temperature, distill, inputs["weights"])
-        for name, value in parts.items(): self.parts[name].append(value)
+        if args.lexical_sparsity:
+            parts["sparsity"] = sum(flops_penalty(o.ids, o.lexical, model.encoder.config.vocab_size) for o in (queries, *chunks))
+            loss = loss + args.lexical_sparsity * parts["sparsity"]
+        for name, value in parts.items(): self.parts[name].append(value.detach())
         return loss
 
     def train(self, *args, **kwargs):

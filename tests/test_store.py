@@ -1,0 +1,301 @@
+"""What the notebook 30_index cannot hold: kills, a second writer, a full disk, and many random searches."""
+import os, signal, subprocess, sys, time
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+from scipy.sparse import csr_matrix
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
+
+from bgem3_nb.encoding import Embeddings, M3Encoder
+from bgem3_nb.index import EmbeddingStore, encode_corpus, search, shard_file
+from bgem3_nb.model import M3Config, M3Model, init_heads
+from bgem3_nb.scoring import all_scores, fuse
+
+TEXTS = [f"w{i % 50} w{i * 7 % 50} w{i * i % 50}" + " w1" * (i % 9) for i in range(100)]
+SHARD = 16
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    "A model of one small layer and sixty words."
+    path = tmp_path_factory.mktemp("model")
+    words = ["<s>", "<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(56))]
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    t.pre_tokenizer = pre_tokenizers.Whitespace()
+    t.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    config = XLMRobertaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+                              max_position_embeddings=66, type_vocab_size=1, bos_token_id=0, pad_token_id=1, eos_token_id=2)
+    model = M3Model(XLMRobertaModel(config, add_pooling_layer=False), tokenizer, M3Config(pooling="mean", passage_prompt="w5 "))
+    init_heads(model, "random")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(checkpoint): return M3Encoder.from_pretrained(checkpoint, max_length=64, progress=False)
+
+
+def run(code, env, *words, **kwargs):
+    "A Python process with the words as arguments."
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def equal(a, b):
+    "Whether all arrays are the same, bit for bit."
+    return (all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in ((a.dense, b.dense), (a.multi, b.multi), (a.offsets, b.offsets)))
+            and (a.lexical != b.lexical).nnz == 0)
+
+
+def marks(path): return {f.name: (f.stat().st_ino, f.stat().st_mtime_ns) for f in path.glob("*.safetensors")}
+
+
+# A run that the system kills
+
+SLOW = """
+import sys, time
+sys.path.insert(0, sys.argv[3])
+from test_store import TEXTS, SHARD
+from bgem3_nb.encoding import M3Encoder
+from bgem3_nb.index import encode_corpus
+def slowly():
+    for i, t in enumerate(TEXTS):
+        if i % SHARD == 0: print(i, flush=True)
+        time.sleep(float(sys.argv[4])); yield t
+encode_corpus(M3Encoder.from_pretrained(sys.argv[1], max_length=64, progress=False), slowly(), sys.argv[2], shard_size=SHARD, progress=False)
+"""
+
+
+def wait_for(condition, process, seconds=120):
+    "Until the condition holds; a process that ended before is an error."
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end, "took too long"
+        time.sleep(.005)
+
+
+def test_killed_runs_are_finished_bit_for_bit(tmp_path, checkpoint, encoder, env):
+    path, here = tmp_path / "store", os.path.dirname(__file__)
+    for shards in (2, 4):
+        process = run(SLOW, env, checkpoint, path, here, .02)
+        wait_for(lambda: len(marks(path)) >= shards, process)
+        process.send_signal(signal.SIGKILL); process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        with pytest.raises(ValueError, match="not finished"): EmbeddingStore(path)
+    (path / "000005.tmp").write_bytes(b"half a shard")          # as a kill inside a write leaves it
+    before = marks(path)
+    process = run(SLOW, env, checkpoint, path, here, 0)
+    error = process.communicate()[1]
+    assert process.returncode == 0, error
+    after = marks(path)
+    assert len(before) >= 4 and len(after) == 7 and {k: after[k] for k in before} == before
+    assert not list(path.glob("*.tmp"))
+    whole = encode_corpus(encoder, TEXTS, tmp_path / "whole", shard_size=SHARD, progress=False)
+    assert equal(EmbeddingStore(path).embeddings(), whole.embeddings())
+    for a, b in zip(sorted(path.glob("*.safetensors")), sorted(whole.path.glob("*.safetensors"))): assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path, checkpoint, encoder, env):
+    path = tmp_path / "store"
+    process = run(SLOW, env, checkpoint, path, os.path.dirname(__file__), 1)
+    assert process.stdout.readline() == "0\n", process.communicate()[1]
+    try:
+        with pytest.raises(ValueError, match="another process is writing this store"): encode_corpus(encoder, TEXTS, path, shard_size=SHARD, progress=False)
+    finally: process.kill(); process.communicate()
+    assert len(encode_corpus(encoder, TEXTS, path, shard_size=SHARD, progress=False)) == len(TEXTS)
+
+
+FULL = """
+import resource, sys
+sys.path.insert(0, sys.argv[3])
+from test_store import TEXTS, SHARD
+from bgem3_nb.encoding import M3Encoder
+from bgem3_nb.index import encode_corpus
+encoder = M3Encoder.from_pretrained(sys.argv[1], max_length=64, progress=False)
+def texts():
+    for i, t in enumerate(TEXTS):
+        if i == 2 * SHARD: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))   # from here on no file may be larger
+        yield t
+encode_corpus(encoder, texts(), sys.argv[2], shard_size=SHARD, progress=False)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_a_full_disk_leaves_finished_shards(tmp_path, checkpoint, encoder, env):
+    path = tmp_path / "store"
+    process = run(FULL, env, checkpoint, path, os.path.dirname(__file__))
+    error = process.communicate()[1]
+    assert process.returncode == 1 and f"OSError: {path / '000002.safetensors'}: this shard could not be written" in error, error
+    before = marks(path)
+    assert len(before) == 2 and not list(path.glob("*.tmp"))
+    encode_corpus(encoder, TEXTS, path, shard_size=SHARD, progress=False)
+    assert {k: marks(path)[k] for k in before} == before
+
+
+# What is there already
+
+@pytest.fixture
+def store(tmp_path, encoder): return encode_corpus(encoder, TEXTS, tmp_path / "store", shard_size=SHARD, progress=False)
+
+
+def test_a_finished_store_is_not_touched(store, encoder, monkeypatch):
+    monkeypatch.setattr(M3Encoder, "encode", lambda *a, **k: pytest.fail("encoded again"))
+    before = marks(store.path), (store.path / "store.json").stat().st_mtime_ns
+    encode_corpus(encoder, iter(TEXTS), store.path, shard_size=SHARD, progress=False)
+    assert (marks(store.path), (store.path / "store.json").stat().st_mtime_ns) == before
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(prompt=""), "prompt 'w5 ', not ''"), (dict(max_length=32), "max_length 64, not 32"), (dict(outputs=("dense", "multi")), "outputs"),
+    (dict(multi_dtype="int8"), "multi_dtype 'float16', not 'int8'"), (dict(shard_size=8), "shard_size 16, not 8")])
+def test_another_setting_is_refused(store, encoder, change, words):
+    with pytest.raises(ValueError, match="Encode with what it was made with") as error:
+        encode_corpus(encoder, TEXTS, store.path, **dict(shard_size=SHARD, progress=False) | change)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["encoder", "lexical_head", "multi_head", "pooling"])
+def test_another_model_is_refused(store, checkpoint, part):
+    model = M3Model.from_pretrained(checkpoint)
+    if part == "pooling": model.config.pooling = "cls"
+    else: next(getattr(model, part).parameters()).data[0] += 1e-3
+    with pytest.raises(ValueError, match=part):
+        encode_corpus(M3Encoder(model, max_length=64, progress=False), TEXTS, store.path, shard_size=SHARD, progress=False)
+
+
+@pytest.mark.parametrize("texts, words", [
+    ([*TEXTS[:50], "w3", *TEXTS[51:]], "000003.safetensors: text 50 is not the one"), (TEXTS[1:], "text 0 is not the one"),
+    (TEXTS[:97], "more texts than the 97"), (TEXTS[:96], "more texts than the 96"), ([], "more texts than the 0"), ([*TEXTS[:20], 7], "text 20 is int")])
+def test_other_texts_are_refused(store, encoder, texts, words):
+    before = marks(store.path)
+    with pytest.raises(ValueError, match=words): encode_corpus(encoder, texts, store.path, shard_size=SHARD, progress=False)
+    assert marks(store.path) == before and len(EmbeddingStore(store.path)) == len(TEXTS)
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "header", "empty", "missing", "another"])
+def test_a_damaged_shard_is_named(store, encoder, damage):
+    file = shard_file(store.path, 3)
+    data = file.read_bytes()
+    whole = store.embeddings()
+    if damage == "missing": file.unlink()
+    else: file.write_bytes({"cut": data[:-1], "longer": data + b"x", "header": b"\xff" * 8 + data[8:], "empty": b"", "another": shard_file(store.path, 6).read_bytes()}[damage])
+    assert len(store[:48]) == 48                             # the others can be read
+    with pytest.raises(ValueError, match="000003.safetensors"): store[[10, 48]]
+    if damage != "missing":
+        with pytest.raises(ValueError, match="000003.safetensors"): encode_corpus(encoder, TEXTS, store.path, shard_size=SHARD, progress=False)
+        file.unlink()
+    assert equal(encode_corpus(encoder, TEXTS, store.path, shard_size=SHARD, progress=False).embeddings(), whole)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}'])
+def test_a_damaged_description_is_named(store, text):
+    (store.path / "store.json").write_text(text)
+    with pytest.raises(ValueError, match="store.json: not "): EmbeddingStore(store.path)
+
+
+def test_a_setting_that_fails_can_be_mended(tmp_path, encoder):
+    with pytest.raises(ValueError, match="max_length"): encode_corpus(encoder, TEXTS, tmp_path / "store", max_length=1000, progress=False)
+    assert len(encode_corpus(encoder, TEXTS, tmp_path / "store", progress=False)) == len(TEXTS)
+
+
+def test_a_corpus_that_has_grown(store, encoder):
+    before, grown = marks(store.path), [*TEXTS, *(f"w{i}" for i in range(20))]
+    bigger = encode_corpus(encoder, grown, store.path, shard_size=SHARD, progress=False)
+    changed = {k for k, v in marks(store.path).items() if before.get(k) != v}
+    assert changed == {"000006.safetensors", "000007.safetensors"}
+    assert equal(bigger.embeddings(), encode_corpus(encoder, grown, store.path.parent / "whole", shard_size=SHARD, progress=False).embeddings())
+
+
+# What is read
+
+@pytest.mark.parametrize("dtype, error", [("float32", 0), ("float16", 2.5e-4), ("int8", 1 / 254)])
+def test_round_trip(tmp_path, encoder, dtype, error):
+    store = encode_corpus(encoder, TEXTS, tmp_path / "store", shard_size=SHARD, multi_dtype=dtype, progress=False)
+    read = store.embeddings()
+    wanted = Embeddings.concat([encoder.encode_passages(TEXTS[i:i + SHARD]) for i in range(0, len(TEXTS), SHARD)])
+    assert np.abs(read.multi - wanted.multi).max() <= error and read.multi.dtype == np.float32
+    assert np.array_equal(read.dense, wanted.dense) and np.array_equal(read.offsets, wanted.offsets) and (read.lexical != wanted.lexical).nnz == 0
+    assert sum(map(len, store.shards())) == len(store) == len(TEXTS)
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.integers(-100, 99), max_size=40))
+def test_any_rows_in_any_order(store, rows): assert equal(store[rows], store.embeddings()[rows])
+
+
+@pytest.mark.parametrize("outputs", [("dense",), ("lexical",), ("multi",), ("lexical", "dense")])
+def test_some_outputs(tmp_path, encoder, outputs):
+    e = encode_corpus(encoder, TEXTS, tmp_path / "store", outputs=outputs, shard_size=SHARD, progress=False)[3:40]
+    assert {k for k, v in vars(e).items() if v is not None} - {"offsets"} == set(outputs) and len(e) == 37
+
+
+def test_an_empty_corpus(tmp_path, encoder):
+    store = encode_corpus(encoder, iter(()), tmp_path / "store", progress=False)
+    e = store.embeddings()
+    assert len(store) == len(e) == 0 and e.dense.shape == (0, 32) and e.lexical.shape == (0, 60) and e.multi.shape == (0, 32)
+    assert [len(s) for s in store.shards()] == [0] and len(store[:]) == 0
+    assert search(encoder.encode_queries(["w1"]), store)[1].shape == (1, 0)
+    assert len(encode_corpus(encoder, TEXTS[:3], store.path, progress=False)) == 3       # and it can grow
+
+
+# Search against sorting the whole matrix
+
+MODES = ("dense", "lexical", "multi")
+GRID = st.integers(0, 2 ** 31)
+
+
+def coarse(n, seed, d=4, vocabulary=6):
+    "Embeddings whose numbers are few and whose sums are exact in float32: every score ties with others."
+    rng = np.random.default_rng(seed)
+    lengths = 2 ** rng.integers(0, 3, n)          # means over 1, 2 or 4 tokens are exact too
+    grid = lambda *shape: rng.integers(-2, 3, shape).astype(np.float32) / 4
+    return Embeddings(grid(n, d), csr_matrix(np.abs(grid(n, vocabulary))), grid(lengths.sum(), d), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+
+
+@settings(max_examples=150, deadline=None)
+@given(seed=GRID, n_q=st.integers(0, 4), n=st.integers(0, 40), k=st.integers(1, 50), block=st.integers(1, 50),
+       weights=st.dictionaries(st.sampled_from(MODES), st.sampled_from([-.5, .5, 1., 2.]), min_size=1))
+def test_search_is_sorting(seed, n_q, n, k, block, weights):
+    queries, passages = coarse(n_q, seed), coarse(n, seed + 1)
+    matrix = fuse(all_scores(queries, passages), weights)
+    wanted = np.argsort(-matrix, axis=1, kind="stable")[:, :k]           # stable: equal scores in the order of their indices
+    scores, indices = search(queries, passages, k, weights, block=block)
+    assert np.array_equal(indices, wanted) and np.array_equal(scores, np.take_along_axis(matrix, wanted, 1))
+    assert scores.dtype == np.float32 and indices.dtype == np.int64
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=GRID, n=st.integers(1, 40), k=st.integers(1, 10), more=st.integers(0, 40), block=st.integers(1, 50), lexical=st.sampled_from([0., .5]))
+def test_two_stages(seed, n, k, more, block, lexical):
+    queries, passages = coarse(3, seed), coarse(n, seed + 1)
+    weights = {"dense": 1., "lexical": lexical, "multi": 2.}
+    modes = all_scores(queries, passages)
+    first, full = fuse(modes, {"dense": 1., "lexical": lexical}), fuse(modes, weights)
+    scores, indices = search(queries, passages, k, weights, candidates=k + more, block=block)
+    for i in range(3):
+        chosen = np.sort(np.argsort(-first[i], kind="stable")[:k + more])
+        wanted = chosen[np.argsort(-full[i, chosen], kind="stable")][:k]
+        assert np.array_equal(indices[i], wanted) and np.array_equal(scores[i], full[i, wanted])
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=GRID, n=st.integers(1, 300), block=st.integers(1, 310))
+def test_search_with_ordinary_numbers(seed, n, block):
+    "A block's shape may move the last bit of a product, no more."
+    rng = np.random.default_rng(seed)
+    queries, passages = (Embeddings(dense=rng.normal(size=(m, 16)).astype(np.float32)) for m in (3, n))
+    matrix = queries.dense @ passages.dense.T
+    scores, indices = search(queries, passages, 10, block=block)
+    assert np.allclose(scores, -np.sort(-matrix, 1)[:, :10], atol=1e-5) and np.allclose(np.take_along_axis(matrix, indices, 1), scores, atol=1e-5)
+    assert all(len(set(row)) == len(row) for row in indices)
+
+
+def test_search_on_disk_is_search_in_memory(store, encoder):
+    queries, memory = encoder.encode_queries(["w1 w7", "w30", "w2 w2 w9"]), store.embeddings()
+    for weights in ({"dense": 1.}, {"lexical": 1.}, {"dense": 1., "lexical": .3, "multi": 1.}):
+        for candidates in (0, 30) if len(weights) == 3 else (0,):
+            (a, i), (b, j) = (search(queries, c, 12, weights, candidates, block=40) for c in (store, memory))
+            assert np.array_equal(a, b) and np.array_equal(i, j)
