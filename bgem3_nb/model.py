@@ -152,7 +152,7 @@ class M3Output:
     ids: torch.Tensor | None = None      # like `lexical`: the token ids that the weights belong to
     mask: torch.Tensor | None = None     # (b, n-1), 1 where `multi` holds a real token
 
-# %% ../nbs/01_model.ipynb #93321892
+# %% ../nbs/01_model.ipynb #1f2cef1b
 OUTPUTS = ("dense", "lexical", "multi")
 
 class M3Model(nn.Module):
@@ -202,7 +202,7 @@ class M3Model(nn.Module):
         "Lexical weights; special tokens and padding have none."
         words = attention_mask.bool() & ~torch.isin(input_ids, self.special_ids)
         if self.config.lexical == "terms": return input_ids, F.relu(self.lexical_head(hidden).squeeze(-1).float()) * words
-        return self.lexical_head(hidden, words, self.encoder.get_input_embeddings().weight, self.config.lexical_terms)
+        return self.lexical_head(hidden, words, self.encoder.get_input_embeddings().weight.detach(), self.config.lexical_terms)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path = "embedded", **kwargs) -> "M3Model":

@@ -7,7 +7,7 @@ __all__ = ['PAPER_WEIGHTS', 'dense_scores', 'lexical_scores', 'text_blocks', 'fi
            'on_cores', 'maxsim_scores', 'maxsim_pairs', 'pair_scores', 'all_scores', 'fuse', 'Token', 'read_tokens',
            'Term', 'Match', 'Explanation', 'explain', 'draw_matches', 'mark_text', 'html_table', 'explanation_html']
 
-# %% ../nbs/03_scoring.ipynb #24ab095a
+# %% ../nbs/03_scoring.ipynb #660b1056
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from html import escape
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .encoding import Embeddings, M3Encoder, read_states
+from .encoding import Embeddings, M3Encoder, check_texts, read_states
 from .model import OUTPUTS
 
 # %% ../nbs/03_scoring.ipynb #be57c8ef
@@ -183,7 +183,7 @@ def fuse(
         raise ValueError(f"no scores for {', '.join(missing)}; there are {', '.join(scores) or 'none'}")
     return sum(w * scores[m] for m, w in weights.items()).astype(np.float32)
 
-# %% ../nbs/03_scoring.ipynb #db04709e
+# %% ../nbs/03_scoring.ipynb #5683fd20
 class Token(NamedTuple):
     "A token of a text and where it comes from."
     id: int      # in the vocabulary
@@ -202,7 +202,7 @@ def read_tokens(
     tokenizer, ids = encoder.tokenizer, encoder.tokenize([text], prompt)[0]
     if not tokenizer.is_fast: raise ValueError("this tokenizer does not tell which characters a token stands for; load the model with a fast tokenizer")
     full, tokens = prompt + text, []
-    found = tokenizer([full.encode("utf-8", "replace").decode()], truncation=True, max_length=encoder.max_length, return_offsets_mapping=True)
+    found = tokenizer([full], truncation=True, max_length=encoder.max_length, return_offsets_mapping=True)
     spans, words = found["offset_mapping"][0], found.word_ids(0)
     whole = {w: (spans[words.index(w)][0], spans[len(words) - 1 - words[::-1].index(w)][1]) for w in set(words) - {None}}
     for n, (id, piece, (start, end), w) in enumerate(zip(ids, tokenizer.convert_ids_to_tokens(ids), spans, words)):
@@ -212,7 +212,7 @@ def read_tokens(
         tokens.append(Token(id, mark + full[start:end], full[slice(*whole[w])], max(start - shift, 0), end - shift, "text" if shift or not prompt else "prompt"))
     return tokens
 
-# %% ../nbs/03_scoring.ipynb #c75a9df0
+# %% ../nbs/03_scoring.ipynb #49d03505
 class Term(NamedTuple):
     "A term that query and passage share."
     id: int
@@ -229,7 +229,7 @@ class Match(NamedTuple):
     similarity: float
     contribution: float     # to the multi-vector score
 
-@dataclass
+@dataclass(repr=False)
 class Explanation:
     "What the scores of a query and a passage are made of; a notebook shows it as text with marks."
     texts: tuple[str, str]           # query and passage
@@ -269,11 +269,13 @@ class Explanation:
         "The similarities of the tokens, drawn by `draw_matches`."
         return draw_matches(self, columns)
 
+    def __repr__(self): return f"Explanation({', '.join(f'{mode} {s:.4f}' for mode, s in self.scores.items())})"
+
     def _repr_html_(self) -> str:
         "What a notebook shows."
         return explanation_html(self)
 
-# %% ../nbs/03_scoring.ipynb #60942b90
+# %% ../nbs/03_scoring.ipynb #a5af7e4a
 def explain(
     encoder: M3Encoder,                  # makes the embeddings
     query: str,                          # a query
@@ -282,9 +284,10 @@ def explain(
     passage_prompt: str | None = None,   # None: the model's own
 ) -> Explanation:
     "Which tokens of a query and a passage match, how much, in every mode."
-    config = encoder.model.config
+    check_texts(texts := [query, passage])
+    config, texts = encoder.model.config, tuple(t.encode("utf-8", "replace").decode() for t in texts)   # as `tokenize` does
     prompts = tuple(own if given is None else given for own, given in ((config.query_prompt, query_prompt), (config.passage_prompt, passage_prompt)))
-    tokens = tuple(read_tokens(encoder, text, prompt) for text, prompt in zip((query, passage), prompts))
+    tokens = tuple(read_tokens(encoder, text, prompt) for text, prompt in zip(texts, prompts))
     ids = [[t.id for t in side] for side in tokens]
     hidden = encoder.hidden(ids)
     with torch.inference_mode(): both = read_states(encoder.model, torch.cat(hidden).to(encoder.device), ids, OUTPUTS)
@@ -296,9 +299,9 @@ def explain(
     if config.pooling == "mean":
         a, b = (h.double() / (len(h) * h.double().mean(0).norm()) for h in hidden)     # [tokens, d], the rows sum to the dense vector
         dense = (a @ b.T).numpy()
-    return Explanation((query, passage), prompts, tokens, scores, terms, q.multi @ p.multi.T, dense)
+    return Explanation(texts, prompts, tokens, scores, terms, q.multi @ p.multi.T, dense)
 
-# %% ../nbs/03_scoring.ipynb #692bfd2a
+# %% ../nbs/03_scoring.ipynb #7b62b499
 def draw_matches(
     e: Explanation,
     columns: int = 40,   # most passage tokens shown: those most similar to a query token, in their order
@@ -307,7 +310,7 @@ def draw_matches(
     from matplotlib.pyplot import Rectangle, close, subplots
     sims, (qt, pt) = e.similarities, e.tokens
     kept = np.sort(np.argsort(-sims.max(0), kind="stable")[:columns])
-    name = lambda t: f"[{t.text}]" if t.part == "prompt" else t.text
+    name = lambda t: (f"[{t.text}]" if t.part == "prompt" else t.text).replace("$", r"\$")     # no formula
     fig, ax = subplots(figsize=(1.8 + .24 * len(kept), 1.1 + .24 * len(sims)), dpi=72)
     image = ax.imshow(sims[:, kept], cmap="Blues", aspect="auto", vmin=sims.min() - .05)
     for i, j in enumerate(sims.argmax(1)):
@@ -320,19 +323,19 @@ def draw_matches(
 
 def mark_text(
     text: str,             # a query or a passage
-    prompt: str,           # what was put before it, shown in grey
+    prompt: str,           # what was put before it, shown in italics
     tokens: list[Token],   # of both
     values: np.ndarray,    # (tokens,) what each contributes: blue above 0, red below
 ) -> str:                  # HTML
     "A text with its tokens coloured, the largest contribution deepest."
-    full, at, html, most = prompt + text, 0, [], max(np.abs(values).max(initial=0), 1e-12)
-    plain = lambda a, b: "".join(f"<span style='color:{color}'>{escape(full[x:y])}</span>" for x, y, color in ((a, min(b, len(prompt)), "#999"), (max(a, len(prompt)), b, "inherit")) if x < y)
+    full, at, html, most, n = prompt + text, 0, [], max(np.abs(values).max(initial=0), 1e-12), len(prompt)
+    plain = lambda a, b: (f"<i>{escape(full[a:min(b, n)])}</i>" if a < min(b, n) else "") + escape(full[max(a, n):max(b, n)])
     for t, v in zip(tokens, values):
-        start, end = (x + len(prompt) * (t.part == "text") for x in (max(t.start, 0), t.end))
+        start, end = (x + n * (t.part == "text") for x in (max(t.start, 0), t.end))
         shown = escape(t.text) if t.part == "special" else plain(max(at, start), end)
         if t.part == "special" and not v or not shown: continue
         if t.part != "special": html.append(plain(at, start)); at = end
-        color = f"rgba({'33,113,181' if v > 0 else '203,24,29'},{.8 * abs(v) / most:.2f})"
+        color = f"rgba({'33,113,181' if v > 0 else '203,24,29'},{.6 * abs(v) / most:.2f})"
         html.append(f"<span style='background:{color};border-radius:3px' title='{v:.4f}'>{shown}</span>")
     return "".join(html) + plain(at, len(full))
 
