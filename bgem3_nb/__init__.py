@@ -3,7 +3,9 @@ __version__ = "0.0.1"
 
 # What a user meets first. Nothing is imported until it is asked for, so `import bgem3_nb` stays light.
 _PUBLIC = {
-    "M3Encoder": "encoding", "Embeddings": "encoding",
+    "M3Encoder": "encoding", "EncoderPool": "encoding", "Embeddings": "encoding",
+    "explain": "scoring", "span_embeddings": "granularity",
+    "encode_corpus": "index", "EmbeddingStore": "index", "search": "index",
     "M3Model": "model", "M3Config": "model",
     "M3Trainer": "training", "M3TrainingArguments": "training",
     "load_source": "sources", "read_rows": "rows", "write_rows": "rows",
