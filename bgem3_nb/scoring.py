@@ -113,7 +113,7 @@ def maxsim_scores(
         scores[i, j] = maxsim_pairs(q, p, i, j, device=device)
     return scores
 
-# %% ../nbs/03_scoring.ipynb #3a09fc67
+# %% ../nbs/03_scoring.ipynb #77941b8d
 def maxsim_pairs(
     q: Embeddings,       # queries, with `multi`
     p: Embeddings,       # passages, with `multi`
@@ -123,14 +123,11 @@ def maxsim_pairs(
     device: str | torch.device = "cpu",  # where they run
 ) -> np.ndarray:         # (m,) float32
     "MaxSim of the pairs (i[n], j[n])."
-    passages, scores = Embeddings(multi=p.multi, offsets=p.offsets), np.zeros(len(i), np.float32)
-    order = np.argsort(i, kind="stable")
-    order = order[(np.diff(p.offsets)[j[order]] > 0) & (np.diff(q.offsets)[i[order]] > 0)]
-    tensor = lambda a: torch.from_numpy(a).to(device, dtype)
-    for pairs in np.split(order, np.flatnonzero(np.diff(i[order])) + 1):             # those of one query
-        for a, b in text_blocks(np.append(0, np.cumsum(np.diff(p.offsets)[j[pairs]])), 16384):
-            part = passages[j[pairs[a:b]]]
-            scores[pairs[a:b]] = best_matches(tensor(q.vectors(i[pairs[a]])), tensor(part.multi), part.offsets[:-1]).mean(0)
+    tensor, scores = lambda a: torch.from_numpy(a).to(device, dtype), np.zeros(len(i), np.float32)
+    def work(pairs):
+        for n in pairs: scores[n] = (tensor(q.vectors(i[n])) @ tensor(p.vectors(j[n])).T).amax(1).float().mean()
+    order = np.flatnonzero((np.diff(q.offsets)[i] > 0) & (np.diff(p.offsets)[j] > 0))
+    on_cores(work, [order[a:a + 256] for a in range(0, len(order), 256)])
     return scores
 
 def pair_scores(
