@@ -66,7 +66,7 @@ def child(name, model, count, out):
     texts = articles(count)
     run, sizes = CASES[name](model, texts)
     few, seconds = texts[:48], {}
-    run(few[:8])                                                            # warm up
+    run(few)                                                                # warm up
     for size in sizes if len(sizes) > 1 else ():
         start = time.perf_counter(); run(few, size); seconds[size] = time.perf_counter() - start
     size = min(seconds, key=seconds.get) if seconds else sizes[0]

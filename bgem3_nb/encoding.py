@@ -160,7 +160,7 @@ def out_of_memory(
     "Whether it says that memory ran out, on the device or on the host."
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
-# %% ../nbs/02_encoding.ipynb #29372a7a
+# %% ../nbs/02_encoding.ipynb #f09e540c
 WINDOW = 4096   # texts that are tokenised and sorted together
 
 class M3Encoder:
@@ -178,7 +178,7 @@ class M3Encoder:
         self.dtype = dtype or pick_dtype(self.device)[0]
         self.model, self.tokenizer = model.to(self.device), model.tokenizer
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 16384)
-        self.max_length, self.progress, self.positions = max_length, progress, 0   # positions: those computed, padding included
+        self.max_length, self.progress = max_length, progress
         packs = self.device.type == "cpu" and not compile and PackedEncoder.serves(model.encoder)
         self.packed = PackedEncoder(model.encoder, self.dtype) if packs else None
         self.forward = torch.compile(model.encoder, dynamic=True) if compile else model.encoder
@@ -209,7 +209,7 @@ class M3Encoder:
         "Embeddings in the order of `texts`. Raises ValueError naming the first text that is not a string."
         if not outputs or set(outputs) - set(OUTPUTS): raise ValueError(f"outputs must be some of {OUTPUTS}, not {outputs!r}")
         check_texts(texts)
-        length, parts = max_length or self.max_length, []
+        length, parts, full = max_length or self.max_length, [], 0
         windows = [texts[i:i + WINDOW] for i in range(0, len(texts), WINDOW)] or [[]]
         with tqdm(total=len(texts), desc="encode", unit="text", disable=not self.progress or len(texts) < 64) as bar, ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(self.tokenize, windows[0], prompt, length)
@@ -217,6 +217,8 @@ class M3Encoder:
                 ids = coming.result()
                 if following: coming = ahead.submit(self.tokenize, following, prompt, length)
                 order, batches = self.batches(ids)
+                full += sum(len(i) == length for i in ids)
+                if full: bar.set_postfix_str(f"{full:,} texts fill {length} tokens and may be cut", refresh=False)
                 parts.append(Embeddings.concat(self.run(batches, lambda b: [read_states(self.model, self.states(b), b, outputs)], bar))[np.argsort(order)])
         return parts[0] if len(parts) == 1 else Embeddings.concat(parts)
 

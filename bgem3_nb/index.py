@@ -8,7 +8,7 @@ __all__ = ['MULTI_DTYPES', 'FORMAT', 'INFO', 'pack', 'unpack', 'fingerprint', 't
            'write_info', 'is_done', 'chunks', 'encode_corpus', 'to_keys', 'from_keys', 'pick', 'check_search', 'search',
            'rerank']
 
-# %% ../nbs/30_index.ipynb #62c62a22
+# %% ../nbs/30_index.ipynb #9966a35d
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from .encoding import Embeddings, M3Encoder
 from .model import OUTPUTS, replace_file
-from .scoring import all_scores, fuse, maxsim_scores
+from .scoring import all_scores, fuse, maxsim_scores, named_weights
 
 # %% ../nbs/30_index.ipynb #1138b9ee
 MULTI_DTYPES = ("float32", "float16", "int8")
@@ -335,18 +335,18 @@ def check_search(
         raise ValueError(f"candidates ({candidates}) must be at least k ({k}), and chosen by dense or lexical for a mixture with multi")
     return used
 
-# %% ../nbs/30_index.ipynb #f57be212
+# %% ../nbs/30_index.ipynb #4bef6fb3
 def search(
     queries: Embeddings,
     corpus: Embeddings | EmbeddingStore,             # passages
     k: int = 10,                                     # passages wanted for each query
-    weights: dict[str, float] = {"dense": 1.},       # mode → weight, as for `fuse`
+    weights: str | dict[str, float] = {"dense": 1.}, # mode → weight, or the name of a set, as for `fuse`
     candidates: int = 0,                             # 0: MaxSim for all passages; else for so many, chosen by the other modes
     block: int | None = None,                        # passages scored at a time; None: 1024 with MaxSim, else 8192
     **kwargs,                                        # for `all_scores`: precision and device of MaxSim
 ) -> tuple[np.ndarray, np.ndarray]:                  # scores float32 and indices int64, both (n_q, min(k, passages)), best first
     "The best passages for every query; of equal ones, the lower index comes first."
-    weights = check_search(queries, corpus, k, weights, candidates, block)
+    weights = check_search(queries, corpus, k, named_weights(weights), candidates, block)
     first = {m: w for m, w in weights.items() if not (candidates and m == "multi")}
     best, width, block = torch.zeros((len(queries), 0), dtype=torch.int64), candidates or k, block or (1024 if "multi" in first else 8192)
     for at in range(0, len(corpus), block):

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAPER_WEIGHTS', 'dense_scores', 'lexical_scores', 'text_blocks', 'fill_rows', 'best_matches', 'segment_means',
-           'on_cores', 'maxsim_scores', 'maxsim_pairs', 'pair_scores', 'all_scores', 'fuse', 'Token', 'read_tokens',
-           'Term', 'Match', 'Explanation', 'explain', 'draw_matches', 'mark_text', 'html_table', 'explanation_html']
+           'on_cores', 'maxsim_scores', 'maxsim_pairs', 'pair_scores', 'all_scores', 'named_weights', 'fuse', 'Token',
+           'read_tokens', 'Term', 'Match', 'Explanation', 'explain', 'draw_matches', 'mark_text', 'html_table',
+           'explanation_html']
 
 # %% ../nbs/03_scoring.ipynb #660b1056
 from concurrent.futures import ThreadPoolExecutor
@@ -150,7 +151,7 @@ def pair_scores(
     scores = {m: np.concatenate([products[m](s) for s in blocks]).astype(np.float32) for m in both if m in products}
     return scores | ({"multi": maxsim_pairs(q, p, i, j, dtype, device)} if "multi" in both else {})
 
-# %% ../nbs/03_scoring.ipynb #58196658
+# %% ../nbs/03_scoring.ipynb #765b71ed
 PAPER_WEIGHTS = {"dense+lexical": {"dense": 1., "lexical": .3},                # paper, section 4.1
                  "all": {"dense": 1., "lexical": .3, "multi": 1.},             # MIRACL, MKQA
                  "all, long": {"dense": .15, "lexical": .5, "multi": .35}}     # MLDR
@@ -168,14 +169,20 @@ def all_scores(
     if q.multi is not None and p.multi is not None: scores["multi"] = maxsim_scores(q, p, dtype=dtype, device=device)
     return scores
 
+def named_weights(
+    weights: str | dict[str, float],   # a name in `PAPER_WEIGHTS`, or mode to weight
+) -> dict[str, float]:                 # mode to weight
+    "Weights by their name. Raises ValueError on an unknown one."
+    if not isinstance(weights, str): return weights
+    if weights in PAPER_WEIGHTS: return PAPER_WEIGHTS[weights]
+    raise ValueError(f"no weights are called {weights!r}; there are {', '.join(map(repr, PAPER_WEIGHTS))}, or give a dict of mode to weight")
+
 def fuse(
     scores: dict[str, np.ndarray],        # mode to scores, all of one shape
     weights: str | dict[str, float],      # a name in `PAPER_WEIGHTS`, or mode to weight; other modes take no part
 ) -> np.ndarray:                          # of that shape, float32
     "The weighted sum of the modes. Raises ValueError on an unknown name, or a mode that has a weight and no scores."
-    if isinstance(weights, str):
-        if weights not in PAPER_WEIGHTS: raise ValueError(f"no weights are called {weights!r}; there are {', '.join(map(repr, PAPER_WEIGHTS))}, or give a dict of mode to weight")
-        weights = PAPER_WEIGHTS[weights]
+    weights = named_weights(weights)
     if missing := [m for m in weights if m not in scores]:
         raise ValueError(f"no scores for {', '.join(missing)}; there are {', '.join(scores) or 'none'}")
     return sum(w * scores[m] for m, w in weights.items()).astype(np.float32)
