@@ -68,24 +68,25 @@ def maxsim_matrix(
     owner = torch.arange(len(q_mask), device=best.device).repeat_interleave(q_mask.sum(1))
     return best.new_zeros(len(q_mask), len(p_mask)).index_add(0, owner, best * share[:, None])
 
-# %% ../nbs/10_losses.ipynb #48af2773
+# %% ../nbs/10_losses.ipynb #83d8f4d0
 def score_matrices(
-    q,        # outputs for the queries: .dense (b, d), .lexical (b, n), .multi (b, n-1, d), .ids, .mask
+    queries,  # list of outputs for chunks of queries, b in all: .dense (b', d), .lexical (b', n), .multi (b', n-1, d), .ids, .mask
     chunks,   # list of the same for the passages, m in all
     dims: dict[str, tuple] = {},   # "dense" and "multi" to the smaller widths that are scored too
     guided: bool = False,          # also "guided": MaxSim whose query tokens count by their lexical weights
 ) -> dict[str, torch.Tensor]:      # mode, or "mode@width", to (b, m)
-    "Score matrices of every mode that the outputs carry, passages in the order of the chunks."
+    "Score matrices of every mode that the outputs carry, in the order of the chunks."
     def cut(x, width): return x if width is None else F.normalize(x[..., :width], dim=-1)
-    def joined(score): return torch.cat([score(p) for p in chunks], 1)
+    def joined(score): return torch.cat([torch.cat([score(q, p) for p in chunks], 1) for q in queries])
+    def maxsim(q, p, w=None, **kw): return maxsim_matrix(cut(q.multi, w), q.mask, cut(p.multi, w), p.mask, **kw)
     def name(mode, width): return mode if width is None else f"{mode}@{width}"
-    scores = {}
-    if q.dense is not None:
-        for w in (None, *dims.get("dense", ())): scores[name("dense", w)] = joined(lambda p: cut(q.dense, w) @ cut(p.dense, w).T)
-    if q.lexical is not None: scores["lexical"] = joined(lambda p: lexical_matrix(q.ids, q.lexical, p.ids, p.lexical))
-    if q.multi is not None:
-        for w in (None, *dims.get("multi", ())): scores[name("multi", w)] = joined(lambda p: maxsim_matrix(cut(q.multi, w), q.mask, cut(p.multi, w), p.mask))
-    if guided: scores["guided"] = joined(lambda p: maxsim_matrix(q.multi, q.mask, p.multi, p.mask, q.lexical[:, 1:].detach()))
+    scores, has = {}, queries[0]
+    if has.dense is not None:
+        for w in (None, *dims.get("dense", ())): scores[name("dense", w)] = joined(lambda q, p: cut(q.dense, w) @ cut(p.dense, w).T)
+    if has.lexical is not None: scores["lexical"] = joined(lambda q, p: lexical_matrix(q.ids, q.lexical, p.ids, p.lexical))
+    if has.multi is not None:
+        for w in (None, *dims.get("multi", ())): scores[name("multi", w)] = joined(lambda q, p: maxsim(q, p, w))
+    if guided: scores["guided"] = joined(lambda q, p: maxsim(q, p, q_weights=q.lexical[:, 1:].detach()))
     return scores
 
 # %% ../nbs/10_losses.ipynb #004fe4d9
@@ -150,12 +151,12 @@ def margin_loss(
     judged = (~margins[1].isnan()).scatter(1, target[:, None], False)
     return mean_rows((margins[0] - margins[1].nan_to_num()).square().flatten(), judged.flatten().float())
 
-# %% ../nbs/10_losses.ipynb #cf1bee8d
+# %% ../nbs/10_losses.ipynb #b282badf
 def flops_penalty(
-    ids: torch.Tensor,       # (b, n) token ids, each at most once in a text
-    weights: torch.Tensor,   # (b, n) their weights
+    outputs: list,           # of some texts: .ids (b, n), each at most once in a text, and .lexical (b, n), their weights
     vocabulary: int,         # number of ids
 ) -> torch.Tensor:           # scalar
-    "The sum over terms of the squared mean weight in the batch."
-    mean = weights.new_zeros(vocabulary).index_add(0, ids.flatten(), weights.flatten()) / len(ids)
+    "The sum over terms of the squared mean weight over all texts."
+    ids, weights = (torch.cat([getattr(o, name).flatten() for o in outputs]) for name in ("ids", "lexical"))
+    mean = weights.new_zeros(vocabulary).index_add(0, ids, weights) / sum(len(o.ids) for o in outputs)
     return mean.square().sum()

@@ -152,7 +152,7 @@ class M3Output:
     ids: torch.Tensor | None = None      # like `lexical`: the token ids that the weights belong to
     mask: torch.Tensor | None = None     # (b, n-1), 1 where `multi` holds a real token
 
-# %% ../nbs/01_model.ipynb #1f2cef1b
+# %% ../nbs/01_model.ipynb #64e46d81
 OUTPUTS = ("dense", "lexical", "multi")
 
 class M3Model(nn.Module):
@@ -208,6 +208,10 @@ class M3Model(nn.Module):
     def from_pretrained(cls, name_or_path: str | Path = "embedded", **kwargs) -> "M3Model":
         "Load a model; the parameters are those of `load_model`, below."
         return load_model(name_or_path, **kwargs)
+
+    def gradient_checkpointing_enable(self, **kwargs):
+        "Compute activations again in the backward pass instead of keeping them; see the encoder's own method."
+        self.encoder.gradient_checkpointing_enable(**kwargs)
 
     def save_pretrained(self, path: str | Path):
         "Save encoder, tokenizer, heads and settings in the directory `path`; see `save_model`, below."

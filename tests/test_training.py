@@ -1,0 +1,76 @@
+"""What one process cannot show: a run killed at any moment, and the gradient of several processes."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+RUN = [str(Path(__file__).parent / "tiny_run.py")]
+HERE = Path(__file__).parent
+ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE / "offline"), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
+
+
+def start(*words, launcher=()):
+    return subprocess.Popen([sys.executable, *launcher, *RUN, *map(str, words)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def unfinished(out):
+    "A checkpoint that is being written."
+    return [p for p in Path(out).glob("checkpoint-*") if not (p / "trainer_state.json").exists()]
+
+
+def kill_when(process, condition, patience=120):
+    end = time.time() + patience
+    while process.poll() is None and not condition():
+        assert time.time() < end
+        time.sleep(.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+
+
+def test_killed_and_resumed(tmp_path):
+    "Killed while it writes a checkpoint, and once more between two: the same log, metrics and weights as never killed."
+    finish(start("whole", tmp_path / "whole"))
+    out, draw = tmp_path / "killed", random.Random(0)
+    kill_when(start("whole", out), lambda: (out / "checkpoint-3").exists() and unfinished(out))
+    process, after = start("whole", out), draw.uniform(0, .3)
+    kill_when(process, lambda: (out / "checkpoint-6").exists() and not time.sleep(after))
+    finish(start("whole", out))
+    a, b = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("whole", "killed"))
+    assert [h.get("step") for h in a["log"]] == [h.get("step") for h in b["log"]]
+    assert a == b
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    finish(start("gradients", out, "plain"))
+    return torch.load(out / "gradients-1-0.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_two_processes(tmp_path, alone, cached):
+    "Two processes with half a batch each have the loss and the gradient, on every head, of one with the whole batch."
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29500 + os.getpid() % 1000 + cached)]
+    finish(start("gradients", tmp_path, "cached" if cached else "plain", launcher=torchrun))
+    both = torch.load(tmp_path / f"gradients-2-{int(cached)}.pt", weights_only=True)
+    assert alone.keys() == both.keys() and {"lexical_head.weight", "multi_head.weight"} < alone.keys()
+    largest = max(g.abs().max().item() for g in alone.values())
+    for name, g in alone.items():
+        if "key.bias" not in name:   # its gradient is 0, as softmax does not see it
+            ratio = (both[name].flatten() @ g.flatten() / g.square().sum()).item()
+            assert abs(ratio - 1) < 1e-3, (name, ratio)
+        assert torch.allclose(both[name], g, rtol=1e-3, atol=1e-6 * largest), name
