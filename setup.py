@@ -22,8 +22,8 @@ def long_description():
     return re.sub(r"\]\((?!\w+:|#)", f"]({base}", (here / "README.md").read_text(encoding="utf-8"))
 
 
-extras = {k: requirements(f"{k}_requirements") for k in ("embedded", "data", "jobs", "dev")}
-extras["all"] = sorted({r for k in ("embedded", "data", "jobs") for r in extras[k]})
+extras = {k.removesuffix("_requirements"): requirements(k) for k in cfg if k.endswith("_requirements")}
+extras["all"] = sorted({r for k, needs in extras.items() if k != "dev" for r in needs})
 extras["dev"] = sorted({*extras["dev"], *extras["all"]})
 
 

@@ -8,7 +8,9 @@ _PUBLIC = {
     "encode_corpus": "index", "EmbeddingStore": "index", "search": "index",
     "M3Model": "model", "M3Config": "model",
     "M3Trainer": "training", "M3TrainingArguments": "training",
-    "load_source": "sources", "read_rows": "rows", "write_rows": "rows",
+    "load_source": "sources", "load_data": "formats", "save_data": "formats", "read_rows": "rows", "write_rows": "rows",
+    "read_documents": "documents", "chunk_documents": "documents", "generate_queries": "queries", "rule_queries": "queries",
+    "check_rows": "checks", "check_files": "checks", "analyse": "balance",
     "run_job": "jobs",
 }
 __all__ = ["__version__", *_PUBLIC]

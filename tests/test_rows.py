@@ -9,9 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import bgem3_nb.rows as rows_module
-from bgem3_nb.rows import RowError, make_rows, read_rows, write_rows
+from bgem3_nb.rows import Rejected, RowError, make_rows, merge_queries, read_batches, read_rows, split_rows, write_rows
 from bgem3_nb.sources import load_source
 
 REPO = Path(__file__).parent.parent
@@ -174,3 +176,85 @@ def test_killed_extraction_leaves_no_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt): sources.quran_verses()
     assert list(tmp_path.iterdir()) == []
+
+
+# Batches, streams, and rows that are rejected
+
+VALUES = st.one_of(st.none(), st.text(max_size=3), st.integers(-3, 3), st.floats(allow_nan=True, allow_infinity=True), st.booleans(), st.sampled_from([" ", "\u3000", "\x1c", "2020-01-01", "é"]))
+LISTS = st.one_of(VALUES, st.lists(VALUES, max_size=3), st.lists(st.text(min_size=1, max_size=2), max_size=3), st.lists(st.lists(st.text(max_size=2), max_size=2), max_size=2))
+ROWS = st.fixed_dictionaries({"query": st.one_of(st.just("q"), VALUES), "pos": st.one_of(st.just(["p"]), LISTS)},
+                             optional={name: LISTS for name in ("neg", "pos_scores", "neg_scores", "neg_types", "pos_ids", "language", "query_id", "negative_1")})
+
+
+def outcome(read):
+    try: return [row | {"pos_scores": list(map(repr, row["pos_scores"])), "neg_scores": list(map(repr, row["neg_scores"]))} for row in read().to_list()]
+    except RowError as e: return e.line, e.field, e.what
+
+
+@settings(max_examples=150, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(ROWS, min_size=1, max_size=3), good=st.integers(0, 1), nfc=st.booleans())
+def test_the_check_of_a_batch_agrees_with_the_check_of_its_rows(rows, good, nfc, tmp_path):
+    "Both readings of the same bytes give the same rows, or the same error at the same place."
+    path = tmp_path/"rows.jsonl"
+    path.write_text((GOOD * good) + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    quick = outcome(lambda: read_rows(path, nfc=nfc))
+    whole, rows_module._arrow_json = rows_module._arrow_json, lambda *a: None
+    try: assert outcome(lambda: read_rows(path, nfc=nfc)) == quick
+    finally: rows_module._arrow_json = whole
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_rows_in_are_rows_out_and_rows_rejected(name, tmp_path):
+    content, line, field, text = BAD_FILES[name]
+    path = tmp_path/name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    whole_file = line is None or name in ("twice.csv", "quotes.csv", "broken.json")   # nothing can be read behind the mistake
+    if whole_file:
+        with pytest.raises(RowError), Rejected(tmp_path/"rejected.jsonl") as rejected: read_rows(path, rejected=rejected)
+        assert [p.name for p in tmp_path.iterdir()] == [name]
+        return
+    with Rejected(tmp_path/"rejected.jsonl") as rejected: rows = read_rows(path, rejected=rejected)
+    records = [json.loads(s) for s in rejected.path.read_text(encoding="utf-8").splitlines()]
+    given = len(content.splitlines()) - (path.suffix in (".csv", ".tsv")) if path.suffix != ".json" else 2
+    if name == "multiline.csv": given = 2
+    assert len(rows) + rejected.count == len(rows) + len(records) == given
+    bad = records[0]
+    assert (bad["file"], bad["line"], bad["field"]) == (str(path), line, field) and text.split(": ")[-1] in bad["reason"] and bad["row"]
+
+
+def test_good_rows_around_bad_ones_in_every_block(tmp_path, monkeypatch):
+    blocks = rows_module._blocks
+    monkeypatch.setattr(rows_module, "_blocks", lambda path: blocks(path, 500))
+    path = tmp_path/"rows.jsonl"
+    path.write_text("".join(line(query=f"q{i}", **({"pos": [""]} if i % 97 == 5 else {}), query_id=f"{i}\u2028") for i in range(1000)), encoding="utf-8")
+    with Rejected(tmp_path/"bad"/"rejected.jsonl") as rejected: rows = read_rows(path, rejected=rejected)
+    assert rows["query"][:] == [f"q{i}" for i in range(1000) if i % 97 != 5]
+    assert [json.loads(s)["line"] for s in open(rejected.path, encoding="utf-8")] == [i + 1 for i in range(1000) if i % 97 == 5]
+    assert rejected.reasons == {"pos: the text is empty; fill it in, or remove the row": rejected.count}
+    with pytest.raises(RowError, match="line 6, field 'pos'"): read_rows(path)
+
+
+def test_a_stream_is_never_held(tmp_path):
+    "Batches go from file to file; at no time is more than a few of them in memory."
+    path = tmp_path/"rows.jsonl"
+    with open(path, "w") as f: f.writelines(line(query=f"q{i}", pos=["x" * 900]) for i in range(30_000))
+    pa.default_memory_pool().release_unused()
+    before, peak, n = pa.total_allocated_bytes(), 0, 0
+    def watched():
+        nonlocal peak, n
+        for batch in read_batches(path):
+            peak, n = max(peak, pa.total_allocated_bytes() - before), n + len(batch)
+            yield batch
+    write_rows(watched(), tmp_path/"rows.parquet")
+    assert n == 30_000 and peak < path.stat().st_size * .8
+    assert read_rows(tmp_path/"rows.parquet", source_name="rows").to_list() == read_rows(path).to_list()
+
+
+def test_merge_and_split_are_the_same_in_any_batches(monkeypatch):
+    rows = make_rows({"query": f"q {i % 70}", "pos": [f"p{i}"], "neg": [f"n{i % 3}"], "domain": "ab"[i % 2]} for i in range(300))
+    merged, parts = merge_queries(rows, within=None).to_list(), split_rows(rows, test="b", valid=.2)
+    monkeypatch.setattr(rows_module, "row_batches", lambda rows, columns=None, size=7, real=rows_module.row_batches: real(rows, columns, 7))
+    assert merge_queries(rows, within=None).to_list() == merged and len(merged) == 70
+    assert [r["pos"] for r in merged][:2] == [[f"p{i}" for i in range(j, 300, 70)] for j in (0, 1)]
+    again = split_rows(rows, test="b", valid=.2)
+    assert all(again[k].to_list() == parts[k].to_list() for k in parts)

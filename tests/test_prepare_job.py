@@ -1,0 +1,49 @@
+"The job `prepare`: every row accounted for, strict runs that stop, dry runs that ask nobody."
+import json
+
+from conftest import REPO
+
+
+def rows(path):
+    with open(path, encoding="utf-8") as f: return [json.loads(line) for line in f]
+
+
+def test_dirty_data_from_two_formats(tmp_path, launch):
+    "Bad rows, repeated queries, contradictions and targets: what is written, rejected, merged and left out adds up."
+    good = [{"query": f"what is {i}", "pos": [f"the answer number {i} is {i * 7919}"], "language": "en", "query_type": "ab"[i % 4 == 0], "domain": "d"} for i in range(60)]
+    bad = [{"query": "x", "pos": [""]}, {"query": "y"}, {"query": "what is left", "pos": ["p"], "neg": ["p"]}]
+    text = "".join(json.dumps(r) + "\n" for r in [*good, *bad, good[0] | {"pos": ["another answer to nought"]}]) + '{"query": "half'
+    (tmp_path/"one.jsonl").write_text(text)
+    (tmp_path/"two.csv").write_text("question,answer,language\n" + "".join(f"ما هو {i},الجواب رقم {i} هو {i * 6007},ar\n" for i in range(30)))
+    done = launch("prepare", "-p", "data", f'["{tmp_path}/one.jsonl", "{tmp_path}/two.csv"]', "-p", "test", "0.1", "-p", "targets", '{"language": {"ar": 0.5}}',
+                  "-p", "labels", '{"domain": "d"}', "-p", "fill_language", "false", "--out", "run", "--no-progress")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path/"run"
+    stats = json.loads((out/"prepare_stats.json").read_text())
+    rejected, parts = rows(out/"rejected.jsonl"), {name: rows(out/f"{name}.jsonl") for name in ("train", "valid", "test")}
+    assert [(r["line"], r["field"]) for r in rejected[:3]] == [(61, "pos"), (62, "pos"), (65, "")]
+    assert [r["row"]["query"] for r in rejected[3:]] == ["what is left"]
+    assert [f["in"] for f in stats["files"].values()] == [65, 30]
+    assert {s["step"].split()[0]: s["rows"] for s in stats["steps"]}["merge"] == -1
+    assert sum(s["rows"] for s in stats["steps"]) == sum(map(len, parts.values())) == sum(stats["rows"].values())
+    languages = [r["language"] for r in parts["train"]]
+    assert abs(languages.count("ar") / len(languages) - .5) <= .01
+    assert not {r["query"] for r in parts["train"]} & {r["query"] for r in parts["test"] + parts["valid"]}
+    assert {r["source"] for r in parts["train"]} == {"one", "two"}
+    assert not [p.name for p in out.rglob("*.tmp")]
+
+
+def test_strict_stops_at_the_first_bad_row(tmp_path, launch):
+    (tmp_path/"rows.jsonl").write_text('{"query": "a", "pos": "b"}\n{"query": "a", "pos": 5}\n')
+    done = launch("prepare", "-p", "data", str(tmp_path/"rows.jsonl"), "-p", "strict", "true", "--out", "run", "--no-progress")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    for part in ("rows.jsonl, line 2, field 'pos'", "found int '5'"): assert part in done.stderr, done.stderr
+    assert [p.name for p in (tmp_path/"run").iterdir()] == ["prepare.failed.ipynb"]
+
+
+def test_a_dry_run_asks_nobody(tmp_path, launch):
+    done = launch("prepare", "-p", "data", str(REPO/"data"/"company"), "-p", "write_queries", "llm", "-p", "dry_run", "true", "-p", "query_options", '{"language": "vi"}',
+                  "-p", "endpoint", '{"model": "any", "base_url": "http://127.0.0.1:9/v1", "price_in": 1.0, "price_out": 2.0, "key_env": ""}', "--out", "run", "--no-progress")
+    assert done.returncode == 0, done.stderr
+    assert "A dry run: nothing was asked" in done.stdout and (tmp_path/"run"/"queries"/"prompts.jsonl").is_file()
+    assert not (tmp_path/"run"/"train.jsonl").exists()
