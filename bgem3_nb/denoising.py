@@ -197,7 +197,7 @@ class Report:
 
     def __repr__(self): return self.table.to_string(index=False)
 
-# %% ../nbs/25_denoising.ipynb #922ae55d
+# %% ../nbs/25_denoising.ipynb #2fed1640
 def denoise(
     drawn: Draw,           # its pairs get reasons, in place
     rules: list[Rule],     # in the order in which they are tried
@@ -215,7 +215,7 @@ def denoise(
         hit = alive.copy(); hit[alive] = values >= rule.limit
         pairs[rule.name] = column; pairs.loc[hit, "reason"] = rule.name
         lines.append({"rule": rule.name, "limit": rule.limit, "tested": int(alive.sum()), "dropped": int(hit.sum()), "share": round(hit.sum() / max(1, alive.sum()), 4)})
-    lines.append({"rule": "kept", "limit": np.nan, "tested": len(pairs), "dropped": int((pairs.reason != "").sum()), "share": round((pairs.reason != "").mean(), 4) if len(pairs) else 0.})
+    lines.append({"rule": "all", "limit": np.nan, "tested": len(pairs), "dropped": int((pairs.reason != "").sum()), "share": round((pairs.reason != "").mean(), 4) if len(pairs) else 0.})
     return Report(pd.DataFrame(lines), pairs, data)
 
 # %% ../nbs/25_denoising.ipynb #a1e92cf3

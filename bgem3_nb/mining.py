@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE', 'MIXES', 'Candidates', 'top_dense', 'scores_of', 'rescore', 'search_candidates', 'bm25_candidates',
            'index_candidates', 'read_run', 'corpus_set', 'plain_words', 'known_positives', 'parts_of', 'Bounds', 'Draw',
-           'draw', 'take', 'mined_rows', 'place_of', 'mine', 'MineBetweenEpochs', 'hardest_in_batch']
+           'draw', 'take', 'mined_rows', 'mine', 'MineBetweenEpochs', 'hardest_in_batch']
 
 # %% ../nbs/24_mining.ipynb #354e26fb
 import re
@@ -590,7 +590,7 @@ def take(
               "queries topped up": int(rest["query"].nunique()), "queries with too few": int((got < n).sum()), "queries with none": int((got == 0).sum())}
     return chosen.drop(columns="later").reset_index(drop=True), counts
 
-# %% ../nbs/24_mining.ipynb #9c028cf5
+# %% ../nbs/24_mining.ipynb #6c409cda
 def mined_rows(
     rows: Dataset,            # as they were given to `corpus_set`
     data: RetrievalSet,       # as `corpus_set` gave it
@@ -608,13 +608,13 @@ def mined_rows(
     new = {"neg": ([data.passages[i] for i in p.tolist()], count), "neg_ids": ([data.passage_ids[i] for i in p.tolist()], count), "neg_types": (types, count), "neg_weights": ([], 0 * count), "neg_scores": ([], 0 * count), "pos_scores": ([], 0 * count)}
     if score is not None:
         pos = table["pos"].to_pylist(); owner = np.repeat(query, [len(x) for x in pos])
-        new |= {"neg_scores": (chosen.score.to_numpy(float)[at], count), "pos_scores": (score(owner, np.array([place_of(data, i, t) for i, x in zip(query.tolist(), pos) for t in x], np.int64)).astype(float), [len(x) for x in pos])}
+        new |= {"neg_scores": (chosen.score.to_numpy(float)[at], count), "pos_scores": (score(owner, np.array([_place(data, i, t) for i, x in zip(query.tolist(), pos) for t in x], np.int64)).astype(float), [len(x) for x in pos])}
     for name, (flat, lengths) in new.items():
         column = pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(lengths)), pa.int32()), pa.array(flat, SCHEMA.field(name).type.value_type))
         table = table.set_column(table.schema.get_field_index(name), SCHEMA.field(name), column)
     return Dataset(table)
 
-def place_of(
+def _place(
     data: RetrievalSet,
     query: int,          # its number
     text: str,           # one of its positives
