@@ -6,7 +6,7 @@ Each `*_trainer` takes the same `Recipe` and returns a `transformers.Trainer` th
 steps, lengths, prompts, pooling and precision. The rest of each is what its own documentation shows, unless the recipe says otherwise:
 
 * FlagEmbedding, its unified example for M3: temperature 0.02, self-distillation after the first step, learning rate 1e-5, warm-up 0.1, linear.
-  It gets our start of both heads, where it would begin with random ones. It has no way to train without hard negatives but groups of one
+  It gets our start of both heads, where it would begin with random ones (`own_heads` leaves it those). It has no way to train without hard negatives but groups of one
   and an empty list, so it gets those; its prompts are given as the instructions they are, outside of same-dataset batches, where a missing
   one becomes the word "None". `lean` replaces its (batch, length, vocabulary) tensor by its own inference code's `scatter_reduce`,
   which gives the same numbers, so that training fits into memory.
@@ -46,6 +46,7 @@ class Recipe:
     scale: float = 20.             # sentence-transformers: 1 / temperature
     distill_after: int = 0         # FlagEmbedding: self-distillation in steps after this one
     lean: bool = False             # FlagEmbedding: without its (batch, length, vocabulary) tensor
+    own_heads: bool = False        # FlagEmbedding: heads that begin at random, as it makes them
     more: dict = field(default_factory=dict)   # ours: further fields of `M3TrainingArguments`
 
     @property
@@ -108,13 +109,19 @@ def flag_trainer(recipe):
     file = work / "pairs.jsonl"
     with open(file, "w", encoding="utf-8") as f:
         for row in read_rows(recipe.rows): f.write(json.dumps({"query": row["query"], "pos": row["pos"], "neg": []}, ensure_ascii=False) + "\n")
+    start = recipe.start
+    if recipe.own_heads:
+        (work / "start").mkdir(exist_ok=True)
+        for f in Path(start).iterdir():
+            if f.suffix != ".pt": os.symlink(f.resolve(), work / "start" / f.name)
+        start = str(work / "start")
     data = AbsEmbedderDataArguments(train_data=[str(file)], cache_path=str(work / "cache"), train_group_size=1, query_max_len=recipe.length,
                                     passage_max_len=recipe.length, query_instruction_for_retrieval=config.query_prompt,
                                     passage_instruction_for_retrieval=config.passage_prompt)
     training = EncoderOnlyEmbedderM3TrainingArguments(
         **shared_arguments(recipe), temperature=.02, sentence_pooling_method={"last": "last_token"}.get(config.pooling, config.pooling),
         normalize_embeddings=True, unified_finetuning=not recipe.dense_only, use_self_distill=not recipe.dense_only, self_distill_start_step=recipe.distill_after)
-    runner = EncoderOnlyEmbedderM3Runner(EncoderOnlyEmbedderM3ModelArguments(model_name_or_path=recipe.start), data, training)
+    runner = EncoderOnlyEmbedderM3Runner(EncoderOnlyEmbedderM3ModelArguments(model_name_or_path=start), data, training)
     set_dropout(runner.model.model, recipe.dropout)
     if recipe.freeze_embeddings: runner.model.model.embeddings.requires_grad_(False)
     if recipe.lean: runner.model._sparse_embedding = MethodType(lean_sparse_embedding, runner.model)

@@ -9,7 +9,8 @@ Dense: the dense head alone, with cached gradients on both sides. On all sides d
 trains them, on all sides), so every system trains the same weights; FlagEmbedding runs as it is, without sub-batches, which break its unified mode.
 Every case is a process of its own, the order turns round with every round, and the best and the median step of all rounds count. A step is
 forward, backward and optimiser, of a batch that is tokenised already; the first step is not counted. Memory: the process's peak, on a GPU
-torch's; a case that passes --limit is stopped. Batches above 128 are for memory: two steps, in the first round only. `+ GB`: the peak above what the process held before its first step.
+torch's; a case that passes --limit is stopped. `+ GB`: the peak above what the process held before its first step. Batches above 128 are for
+memory: two steps, in the first round only.
 Needs: pip install "bgem3_nb[dev,embedded,data]".
 """
 import argparse
@@ -96,7 +97,7 @@ def measure(told):
     trainer, clock = make_trainer(told)
     trainer.train()
     tokens = None
-    if told["case"] == "unified, ours":
+    if told["case"].startswith("unified, ours"):
         batch = next(iter(trainer.get_train_dataloader()))
         tokens = int(sum(c["attention_mask"].sum() for c in (*batch["queries"], *batch["passages"])))
     return {"seconds": clock.seconds[1:], "peak": peak_gb(), "before": clock.before, "tokens": tokens,
@@ -191,8 +192,8 @@ def main():
                         if turn and r: r |= {"seconds": results[key]["seconds"] + r["seconds"], "peak": max(r["peak"], results[key]["peak"])}
                         results[key] = r
                         print(f"round {turn + 1}: {precision}, batch {batch}, {case}: " + (f"{min(r['seconds']):.2f} s, {r['peak']:.2f} GB" if r else f"more than {args.limit:g} GB"), flush=True)
-        tokens = {b: r["tokens"] for (c, b, _), r in results.items() if c == "unified, ours" and r}
-        print(f"\ntokens in a batch: {', '.join(f'{t:,} of {b} pairs' for b, t in tokens.items())}; cut at {args.length}; embeddings {'trained' if args.embeddings else 'left as they are'}")
+        tokens = {b: r["tokens"] for (c, b, _), r in results.items() if r and r["tokens"]}
+        print(f"\n{', '.join(f'{t:,} tokens in {b} pairs' for b, t in tokens.items())}; cut at {args.length}; embeddings {'trained' if args.embeddings else 'left as they are'}")
         report(results, args.batches, args.precisions)
 
 

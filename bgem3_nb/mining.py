@@ -99,16 +99,19 @@ def _guess(q, sample, k, share):
         return _values(_rising(best[:, best.shape[1] - place].copy()))
     return np.concatenate([one(part) for part in q.split(QUERIES)])
 
-# %% ../nbs/24_mining.ipynb #197dcb22
-def _blocks(corpus, centre, dtype):
-    "Start, passages without the centre, and the same rounded, (PASSAGES, d) each."
-    for start in range(0, len(corpus), PASSAGES):
-        p = torch.from_numpy(_dense(corpus, slice(start, start + PASSAGES))) - centre
-        yield start, p, p.to(dtype)
+# %% ../nbs/24_mining.ipynb #f84174d5
+def _block(corpus, start, centre, dtype):
+    "Passages without the centre, and the same rounded, (PASSAGES, d) each."
+    p = torch.from_numpy(_dense(corpus, slice(start, start + PASSAGES))) - centre
+    return p, p.to(dtype)
 
 def _largest(corpus, centre, dtype):
     "The largest norms of passages without the centre, of these rounded, and of what rounding took; of the whole corpus."
-    norms = [[x.norm(dim=1).max().item() for x in (p, low.float(), p - low.float())] for _, p, low in _blocks(corpus, centre, dtype)]
+    norms = []
+    def work(start):
+        p, low = _block(corpus, start, centre, dtype)
+        norms.append([x.float().norm(dim=1).max().item() for x in (p, low, p - low.float())])
+    on_cores(work, list(range(0, len(corpus), PASSAGES)))
     return np.max(norms, axis=0)
 
 def _error(q, low, largest, centre):
@@ -188,12 +191,12 @@ def _best(row, col, scores, n, k):
     keys = table[:, :-k - 1:-1]; bits = (keys >> 32).astype(np.int32); empty = keys == np.iinfo(np.int64).min
     return np.where(empty, -np.inf, (bits ^ (bits >> 31 & 0x7fffffff)).view(np.float32)), np.where(empty, -1, 0xffffffff - (keys & 0xffffffff))
 
-# %% ../nbs/24_mining.ipynb #f12fd2f9
+# %% ../nbs/24_mining.ipynb #2206619b
 def _search(q, corpus, k, centre, dtype, largest, guess):
     "Scores and passages of the best k of a part of the queries, and for which of them the guess was no help."
     low = q.to(dtype)
     p = _Proposals(low, _error(q, low, largest, centre), k, guess)
-    for start, _, block in _blocks(corpus, centre, dtype): p.add(start, block)
+    for start in range(0, len(corpus), PASSAGES): p.add(start, _block(corpus, start, centre, dtype)[1])
     row, col, failed = p.result()
     return *_best(row, col, _exact(q, corpus, row, col), len(q), k), failed
 
@@ -209,7 +212,7 @@ def _checked(queries, corpus, k, outputs):
         if a != b: raise ValueError(f"{name}: {a} columns in the queries and {b} in the corpus; they are not of the same model")
     return min(k, len(corpus))
 
-# %% ../nbs/24_mining.ipynb #6e1fc64d
+# %% ../nbs/24_mining.ipynb #691b5608
 SAMPLE = 4096   # passages on which the thresholds are guessed
 
 def top_dense(
@@ -229,6 +232,7 @@ def top_dense(
     def work(rows, guess=True):
         q = torch.from_numpy(_dense(queries, rows))
         first = _guess(q.to(dtype), low, k, len(low) / m) if guess else None
+        if first is not None and np.isinf(first).any(): first = None          # the sample is too small to guess from
         scores[rows], passages[rows], failed = _search(q, corpus, k, centre, dtype, largest, first)
         again.append(rows[failed]); bar.update(len(rows) - int(failed.sum()))
 
@@ -440,13 +444,13 @@ def parts_of(
     for part in sorted(exact, key=lambda part: whole[part] - exact[part])[:n - sum(whole.values())]: whole[part] += 1
     return whole
 
-# %% ../nbs/24_mining.ipynb #51b23ef1
+# %% ../nbs/24_mining.ipynb #cc4fbcdc
 def _hashes(texts): return np.frombuffer(b"".join(blake2b(fold(t).encode("utf-8", "surrogatepass"), digest_size=8).digest() for t in texts), "<u8")
 
 def _lots(seed, keys, numbers):
-    "A hash of seed, query and number, (n, k) uint64 (the finaliser of splitmix64)."
+    "A hash of seed, query and number, uint64 (the finaliser of splitmix64)."
     with np.errstate(over="ignore"):
-        x = keys[:, None] + numbers.astype(np.uint64) * np.uint64(0x9e3779b97f4a7c15) + np.uint64(seed % 2**64) * np.uint64(0xd1342543de82ef95)
+        x = keys + numbers.astype(np.uint64) * np.uint64(0x9e3779b97f4a7c15) + np.uint64(seed % 2**64) * np.uint64(0xd1342543de82ef95)
         for shift, factor in ((30, 0xbf58476d1ce4e5b9), (27, 0x94d049bb133111eb)): x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
         return x ^ (x >> np.uint64(31))
 
@@ -486,32 +490,46 @@ class Draw:
     mode: str               # what gave the scores
     counts: dict            # what was left out, and why
 
-# %% ../nbs/24_mining.ipynb #dae66520
-def _window(found, keys, lo, hi, most, known, bounds, limit, seed, order):
-    "Pairs of one window: query, passage, rank, score, turn; and how many were out of bounds."
+# %% ../nbs/24_mining.ipynb #ce63039e
+def _weakest(known, score):
+    "The score of each query's weakest positive, (n,); NaN without `score`."
+    if score is None: return np.full(len(known), np.nan)
+    owner = np.repeat(np.arange(len(known)), [len(x) for x in known])
+    out = np.full(len(known), np.inf)
+    np.minimum.at(out, owner, score(owner, np.array([p for x in known for p in sorted(x)], np.int64)))
+    return out
+
+def _from_window(found, keys, lo, hi, known, seed, order):
+    "Query, passage, rank, score and lot of everything in a window of ranks."
     hidden = _is_known(found.passages, known)
     rank = np.cumsum((found.passages >= 0) & ~hidden, axis=1)
-    inside = (found.passages >= 0) & ~hidden & (rank > lo) & (rank <= hi)
-    ok = inside & (found.scores <= limit[:, None]) & (found.scores >= (-np.inf if bounds.low is None else bounds.low))
-    lot = rank.astype(np.uint64) if order == "top" else _lots(seed, keys, found.passages)
-    lot[~ok] = np.iinfo(np.uint64).max
-    at = np.argsort(lot, axis=1, kind="stable")[:, :most]
-    row, turn = np.nonzero(np.take_along_axis(ok, at, 1)); at = at[row, turn]
-    return (row, found.passages[row, at], rank[row, at], found.scores[row, at], turn), int(inside.sum() - ok.sum())
+    row, at = np.nonzero((found.passages >= 0) & ~hidden & (rank > lo) & (rank <= hi))
+    p, rank = found.passages[row, at], rank[row, at]
+    return row, p, rank, found.scores[row, at], rank.astype(np.uint64) << np.uint64(16) if order == "top" else _lots(seed, keys[row], p)
 
 def _at_random(found, keys, most, known, m, seed):
-    "Pairs of passages that are neither candidates nor positives, by lot: query, passage, turn."
-    tries = min(4 * most + 16, 4 * m)
-    p = (_lots(seed + 1, keys, np.arange(tries)[None]) % np.uint64(m)).astype(np.int64)
-    row = np.arange(len(p))[:, None]
-    taken = np.isin(row * m + p, np.nonzero(found.passages >= 0)[0] * m + found.passages[found.passages >= 0]) | _is_known(p, known)
-    order = np.argsort(p, axis=1, kind="stable"); again = np.zeros(p.shape, bool)
-    s = np.take_along_axis(p, order, 1); np.put_along_axis(again, order[:, 1:], s[:, 1:] == s[:, :-1], 1)
-    ok = ~taken & ~again; turn = np.cumsum(ok, axis=1) - 1
-    row, at = np.nonzero(ok & (turn < most))
-    return row, p[row, at], turn[row, at]
+    "Query, passage and lot of passages that are neither candidates nor positives."
+    p = (_lots(seed, keys[:, None], np.arange(min(4 * most + 16, 4 * m))[None]) % np.uint64(m)).astype(np.int64)
+    row = np.broadcast_to(np.arange(len(p))[:, None], p.shape); at = found.passages >= 0
+    ok = ~np.isin(row * m + p, np.nonzero(at)[0] * m + found.passages[at]) & ~_is_known(p, known)
+    pairs, first = np.unique((row * m + p)[ok], return_index=True)              # each once, where it came first
+    return pairs // m, pairs % m, first.astype(np.uint64) << np.uint64(16)
 
-# %% ../nbs/24_mining.ipynb #8f5afcf6
+# %% ../nbs/24_mining.ipynb #f897dbc2
+def _draw_part(part, most, found, keys, known, first, m, score, low, limit, seed, order):
+    "At most so many pairs of each query from one part, by lot; and how many were out of bounds."
+    if part in ("random", "top-up"):
+        row, p, lot = _at_random(found, keys, most, known, m, seed + 1 + (part == "top-up"))
+        rank, s = np.zeros(len(row), np.int64), score(row + first, p)
+    else: row, p, rank, s, lot = _from_window(found, keys, *map(int, part.split("-")), known, seed, order)
+    ok = (s <= limit[row]) & (s >= (-np.inf if low is None else low))
+    by_lot = np.flatnonzero(ok)
+    by_lot = by_lot[np.argsort(row[by_lot].astype(np.uint64) << np.uint64(48) | lot[by_lot] >> np.uint64(16))]     # 48 bits of a lot are enough
+    row_ = row[by_lot]; turn = np.arange(len(row_)) - np.searchsorted(row_, row_)
+    kept, turn = by_lot[turn < most], turn[turn < most]
+    return pd.DataFrame({"query": row[kept] + first, "passage": p[kept], "rank": rank[kept], "score": s[kept], "part": part, "turn": turn}), int((~ok).sum())
+
+# %% ../nbs/24_mining.ipynb #55b45711
 def draw(
     found: Candidates,
     known: list[set[int]],          # as `known_positives` gives them
@@ -529,22 +547,17 @@ def draw(
     "Possible negatives of every query. Raises ValueError on a window that the corpus or the candidates do not reach."
     wanted, keys, most = parts_of(mix, n), _hashes(queries), max((len(x) for x in known), default=0)
     _check_draw(found, known, queries, passages, wanted, most, score, bounds, top_up, order, spare)
-    owner = np.repeat(np.arange(len(known)), [len(x) for x in known]); pos = np.array([p for x in known for p in sorted(x)], np.int64)
-    weakest = np.full(len(known), np.nan)
-    if score is not None: weakest[:] = np.inf; np.minimum.at(weakest, owner, score(owner, pos))
-    parts, out, limit = [], 0, np.where(np.isnan(weakest), np.inf, bounds.most(weakest))
-    for part, count in list(wanted.items()) + [("top-up", n)] * (top_up == "random"):
-        lo, hi = map(int, part.split("-")) if part[0].isdigit() else (0, 0)
+    weakest = _weakest(known, score)
+    limit = np.where(np.isnan(weakest), np.inf, bounds.most(weakest))
+    parts, out = [], 0
+    for part, count in [*wanted.items(), *[("top-up", n)] * (top_up == "random")]:
         for a in range(0, len(queries), 4096):
-            here = slice(a, a + 4096); some = Candidates(found.scores[here, :hi + most], found.passages[here, :hi + most]) if hi else Candidates(found.scores[here], found.passages[here])
-            if hi: (row, p, rank, s, turn), left = _window(some, keys[here], lo, hi, spare * count, known[here], bounds, limit[here], seed, order); out += left
-            else:
-                row, p, turn = _at_random(some, keys[here], spare * count, known[here], passages, seed + (part == "top-up"))
-                rank, s = np.zeros_like(row), score(row + a, p); ok = (s <= limit[here][row]) & (s >= (-np.inf if bounds.low is None else bounds.low)); out += int((~ok).sum())
-                row, p, turn, rank, s = (x[ok] for x in (row, p, turn, rank, s))
-            parts.append(pd.DataFrame({"query": row + a, "passage": p, "rank": rank, "score": s, "pos_score": weakest[row + a], "part": part, "turn": turn}))
-    pairs = pd.concat(parts, ignore_index=True).assign(reason="")
-    pairs = pairs.sort_values("query", kind="stable").reset_index(drop=True)
+            here = slice(a, a + 4096)
+            some = Candidates(found.scores[here], found.passages[here])
+            pairs, left = _draw_part(part, spare * count, some, keys[here], known[here], a, passages, score, bounds.low, limit[here], seed, order)
+            parts.append(pairs); out += left
+    pairs = pd.concat(parts).sort_values("query", kind="stable", ignore_index=True)
+    pairs = pairs.assign(pos_score=weakest[pairs["query"]], reason="")
     short = {part: int((np.bincount(pairs["query"][pairs.part == part], minlength=len(queries)) < c).sum()) for part, c in wanted.items()}
     return Draw(pairs, wanted, known, found.mode, {"queries": len(queries), "drawn": len(pairs), "out of bounds": out, "queries with too few in": short, "top_up": top_up})
 

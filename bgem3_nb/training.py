@@ -468,7 +468,7 @@ def check_space(
     free = shutil.disk_usage(path).free
     if free < needed: raise OSError(f"{path} has {free / 1e9:.1f} GB free, and the checkpoints need about {needed / 1e9:.1f} GB; make room, or set save_total_limit=1")
 
-# %% ../nbs/12_training.ipynb #4cd0c4bb
+# %% ../nbs/12_training.ipynb #81132ff7
 class PrintLog(TrainerCallback):
     "One line for every log and every validation."
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -488,7 +488,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-        kept = 0 if args.save_strategy == "no" else (args.save_total_limit or 1) + 1
+        kept = 0 if args.save_strategy == "no" else args.save_total_limit + 1 if args.save_total_limit else max(1, state.max_steps // max(1, state.save_steps))
         check_space(args.output_dir, weights + kept * (weights + moments))
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -499,7 +499,7 @@ class Watch(TrainerCallback):
         if not torch.stack([g.sum() for g in grads]).isfinite().all(): self.trainer.stop_not_finite("gradient")
         self.trainer.numbers.clear()
 
-# %% ../nbs/12_training.ipynb #8055dd54
+# %% ../nbs/12_training.ipynb #17a59f59
 class M3Trainer(Trainer):
     "`transformers.Trainer` with the unified loss and validation by search."
     def __init__(self,
@@ -509,14 +509,17 @@ class M3Trainer(Trainer):
         eval_dataset=None,           # a set to search: `queries`, `passages`, `qrels`
         compute_metrics=None,        # (scores by mode, qrels) to a dict of numbers, after every evaluation
         loss_weights: dict = LOSS_WEIGHTS,   # mode to its weight in the loss
+        weigh=None,                  # (scores of the first mode (b, m), target, weights) to new weights of the negatives, as of `hardest_in_batch`
         **kwargs,                    # of `transformers.Trainer`
     ):
+        if eval_dataset is not None and compute_metrics is None: raise ValueError("eval_dataset needs compute_metrics, which says what to measure on it; bgem3_nb.evaluation.validation_metrics is one")
         freeze(model, args.freeze_embeddings, args.freeze_layers, args.modes)
         if args.lora_rank: add_lora(model, args.lora_rank, args.seed)
         rows = TrainingRows(train_dataset, args.negatives, args.seed, args.no_in_batch) if train_dataset is not None else None
         collator = M3Collator(model, args.query_length, args.passage_length, args.chunk_tokens)
         super().__init__(model=model, args=args, train_dataset=rows, eval_dataset=eval_dataset, data_collator=collator, **kwargs)
-        self.search_metrics, self.parts, self.numbers, self.loss_weights = compute_metrics, defaultdict(list), [], dict(loss_weights)
+        self.search_metrics, self.parts, self.numbers = compute_metrics, defaultdict(list), []
+        self.loss_weights, self.weigh = dict(loss_weights), weigh
         if self.pop_callback(PrinterCallback): self.add_callback(PrintLog())
         self.add_callback(Watch(self))
         if args.patience: self.add_callback(EarlyStoppingCallback(args.patience))
@@ -526,6 +529,7 @@ class M3Trainer(Trainer):
         args, matrices = self.args, label_matrices(labels, outputs[0].mask.device)
         q, p = ([o for part in share_outputs(outputs[where]) for o in part] for where in (slice(queries), slice(queries, None)))
         scores = score_matrices(q, p, {"dense": args.matryoshka, "multi": args.matryoshka_multi}, args.distill == "guided")
+        if self.weigh: matrices["weights"] = self.weigh(scores[args.modes[0]], matrices["target"], matrices["weights"])
         distill = args.distill if self.state.global_step >= args.distill_start else ""
         loss, parts = unified_loss(scores, matrices["target"], args.temperature, distill, matrices["weights"], self.loss_weights, args.symmetric, matrices["rows"])
         if args.teacher:
@@ -550,7 +554,7 @@ class M3Trainer(Trainer):
         def forward(chunk):
             with self.compute_loss_context_manager(): return model(**chunk, outputs=self.args.modes)
         def loss_of(outputs):
-            with self.compute_loss_context_manager(): loss = self.loss_of(outputs, len(inputs["queries"]), labels)
+            with torch.autocast(self.args.device.type, enabled=False): loss = self.loss_of(outputs, len(inputs["queries"]), labels)
             if not loss.isfinite(): self.stop_not_finite("loss")
             return loss * (world / many)
         if self.args.cached: loss = cached_backward(forward, chunks, loss_of, getattr(model, "no_sync", nullcontext))

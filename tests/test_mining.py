@@ -1,0 +1,133 @@
+"""Mining: exactness against brute force over many shapes, stores, threads, processes; what must not be mined."""
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy.sparse import random as sparse_random
+
+from bgem3_nb.encoding import Embeddings
+from bgem3_nb.mining import (Bounds, Candidates, corpus_set, draw, known_positives, mined_rows, parts_of, scores_of, search_candidates, take, top_dense)
+from bgem3_nb.rows import make_rows
+
+
+def vectors(n, d, seed, common=1.):
+    x = np.random.default_rng(seed).standard_normal((n, d), np.float32) + common
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def brute(q, p, k):
+    "The best scores in double precision, and the scores of all pairs."
+    s = q.dense.astype(np.float64) @ p.dense.astype(np.float64).T
+    return np.sort(s, axis=1)[:, ::-1][:, :k], s
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 5000), st.integers(1, 70), st.integers(1, 600), st.integers(0, 9), st.sampled_from([0., 1., 4.]), st.sampled_from([torch.bfloat16, torch.float32]))
+def test_the_best_are_the_best(n, m, d, k, seed, common, dtype):
+    q, p = Embeddings(dense=vectors(n, d, seed, common)), Embeddings(dense=vectors(m, d, seed + 100, common))
+    found, (best, s) = top_dense(q, p, k, dtype), brute(q, p, k)
+    np.testing.assert_allclose(found.scores, best, atol=2e-6)
+    np.testing.assert_allclose(np.take_along_axis(s, found.passages, 1), found.scores, atol=2e-6)
+    assert all(len(set(row)) == min(k, m) for row in found.passages.tolist())
+
+
+@pytest.mark.parametrize("case", ["sorted", "copies", "one outlier", "long vectors", "negative", "zeros"])
+def test_corpora_that_mislead_the_guess(case):
+    q, p = vectors(60, 24, 0), vectors(9000, 24, 1)
+    if case == "sorted": p = p[np.argsort(p @ q[0])]
+    if case == "copies": p[100:7000] = p[0]
+    if case == "one outlier": p[4321] *= 1000
+    if case == "long vectors": p *= np.random.default_rng(0).gamma(1, 5, (9000, 1)).astype(np.float32)
+    if case == "negative": p = -np.abs(p)
+    if case == "zeros": p[::2] = 0
+    q, p = Embeddings(dense=q), Embeddings(dense=p)
+    found, (best, s) = top_dense(q, p, 150, torch.bfloat16), brute(q, p, 150)
+    np.testing.assert_allclose(found.scores, best, rtol=2e-6, atol=2e-6)
+    order = np.lexsort((found.passages, -found.scores), axis=1)
+    assert (order == np.arange(150)).all()          # of equal scores the lower number comes first
+
+
+def test_a_store_gives_what_memory_gives():
+    class Store:
+        "The interface of an opened store."
+        def __init__(self, e): self.e = e
+        def __len__(self): return len(self.e)
+        def read(self, rows, outputs=None): return Embeddings(**{k: v for k, v in vars(self.e).items() if k in outputs or k == "offsets" and "multi" in outputs})[rows]
+    lengths = np.random.default_rng(0).integers(1, 5, 3000)
+    p = Embeddings(vectors(3000, 16, 0), sparse_random(3000, 40, .1, "csr", np.float32, np.random.default_rng(1)), vectors(lengths.sum(), 16, 2), np.append(0, np.cumsum(lengths)))
+    q = p[:25]
+    for weights in ({"dense": 1.}, {"lexical": 1.}, "all"):
+        a, b = (search_candidates(q, c, 30, weights, progress=False) for c in (p, Store(p)))
+        np.testing.assert_array_equal(a.passages, b.passages); np.testing.assert_array_equal(a.scores, b.scores)
+    i, j = np.arange(25), np.arange(25) * 100
+    np.testing.assert_array_equal(scores_of(q, p, i, j, "all"), scores_of(q, Store(p), i, j, "all"))
+
+
+RUN = """
+import sys, numpy as np, torch
+torch.set_num_threads(int(sys.argv[1])); sys.path.insert(0, "tests")
+from test_mining import vectors
+from bgem3_nb.encoding import Embeddings
+from bgem3_nb.mining import draw, scores_of, take, top_dense
+q, p = Embeddings(dense=vectors(300, 48, 0)), Embeddings(dense=vectors(12_000, 48, 1))
+found = top_dense(q, p, 120)
+d = draw(found, [{i} for i in range(300)], [f"q{i}" for i in range(300)], 12_000, lambda i, j: scores_of(q, p, i, j), 7, {"10-50": .3, "50-100": .4, "random": .3})
+from hashlib import blake2b
+print(blake2b(found.scores.tobytes() + found.passages.tobytes() + take(d)[0].to_csv().encode()).hexdigest())
+"""
+
+
+def test_same_negatives_in_other_processes_and_thread_counts():
+    done = [subprocess.run([sys.executable, "-c", RUN, str(threads)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ".", "PYTHONHASHSEED": str(threads)}) for threads in (1, 2)]
+    assert done[0].returncode == 0, done[0].stderr
+    assert len({d.stdout for d in done}) == 1 and done[0].stdout.strip()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 12), st.sampled_from(["0-10", "5-30", "graded", {"0-5": .5, "random": .5}]), st.sampled_from(["spare", "random", "none"]))
+def test_nothing_known_is_drawn_and_counts_add_up(seed, n, mix, top_up):
+    rng = np.random.default_rng(seed)
+    queries, m = 15, 300
+    found = Candidates(np.sort(rng.random((queries, 210), np.float32))[:, ::-1], np.argsort(rng.random((queries, m)), axis=1)[:, :210])
+    known = [set(rng.integers(0, m, rng.integers(1, 10)).tolist()) for _ in range(queries)]
+    d = draw(found, known, [f"q{i}" for i in range(queries)], m, lambda i, j: np.zeros(len(i), np.float32), n, mix, top_up=top_up, seed=seed)
+    d.pairs.loc[rng.random(len(d.pairs)) < .4, "reason"] = "dropped"
+    chosen, counts = take(d)
+    assert not any(p in known[q] for q, p in zip(d.pairs["query"], d.pairs.passage))
+    assert not chosen.duplicated(["query", "passage"]).any() and (chosen.reason == "").all()
+    got = chosen.groupby("query").size().reindex(range(queries), fill_value=0)
+    assert (got <= n).all() and counts["chosen"] == len(chosen) == sum(counts["by part"].values()) and counts["queries with too few"] == (got < n).sum()
+    for part, w in parts_of(mix, n).items():
+        lo, hi = map(int, part.split("-")) if part != "random" else (0, 0)
+        here = chosen[chosen.part == part]; assert len(here) <= w * queries and (here["rank"] > lo).all() | (part == "random") and (here["rank"] <= hi).all()
+
+
+def test_bounds_hold_for_every_negative():
+    q, p = Embeddings(dense=vectors(40, 8, 0)), Embeddings(dense=vectors(500, 8, 1)); score = lambda i, j: scores_of(q, p, i, j)
+    d = draw(top_dense(q, p, 60), [{i} for i in range(40)], [str(i) for i in range(40)], 500, score, 5, {"0-50": .6, "random": .4}, Bounds(low=.2, high=.95, ratio=.98, margin=.01), top_up="random")
+    assert len(d.pairs) and (d.pairs.score >= .2).all() and (d.pairs.score <= .95).all()
+    weakest = scores_of(q, p, d.pairs["query"].to_numpy(), d.pairs["query"].to_numpy())
+    assert (d.pairs.score <= weakest - .01 + 1e-6).all() and (d.pairs.score <= weakest - .02 * np.abs(weakest) + 1e-6).all()
+    np.testing.assert_allclose(d.pairs.score, score(d.pairs["query"].to_numpy(), d.pairs.passage.to_numpy()), atol=1e-6)       # none is assumed
+
+
+def test_rows_carry_fresh_scores_and_where_they_came_from():
+    rows = make_rows([{"query": f"câu hỏi {i}", "pos": [f"đáp án {i}", f"đáp án khác {i}"], "neg": ["cũ"], "neg_scores": [7.], "query_id": f"id{i}"} for i in range(6)] + [{"query": "Câu  hỏi 0", "pos": "đáp án 0 nữa"}])
+    data = corpus_set(rows); known = known_positives(data); m = len(data.passages)
+    e = Embeddings(dense=vectors(len(data), 8, 0)), Embeddings(dense=vectors(m, 8, 1)); score = lambda i, j: scores_of(*e, i, j)
+    assert known[0] == known[data.queries.index("Câu  hỏi 0")] and len(known[0]) == 3          # other case and spaces: equivalent
+    chosen, _ = take(draw(top_dense(*e, m), known, data.queries, m, score, 4, "0-20"))
+    out = mined_rows(rows, data, chosen, "dense", score)
+    assert len(out) == 7 and out.column_names == rows.column_names
+    for row in out:
+        assert len(row["neg"]) == len(row["neg_scores"]) == len(row["neg_types"]) == len(row["neg_ids"]) == 4 and row["neg_weights"] == []
+        assert not set(row["neg"]) & set(row["pos"]) and all(kind[0] == "dense" and kind[2].startswith("rank ") for kind in row["neg_types"])
+        q = data.queries.index(row["query"])
+        np.testing.assert_allclose(row["neg_scores"], [float(score(np.array([q]), np.array([data.passages.index(t)]))[0]) for t in row["neg"]], atol=1e-6)
+        np.testing.assert_allclose(row["pos_scores"], [float(score(np.array([q]), np.array([data.passages.index(t)]))[0]) for t in row["pos"]], atol=1e-6)
+    assert json.loads(json.dumps(out[0]))
