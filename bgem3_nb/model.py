@@ -29,7 +29,7 @@ def find_file(
     found = cached_file(str(name_or_path), file, _raise_exceptions_for_missing_entries=False)
     return Path(found) if found else None
 
-# %% ../nbs/01_model.ipynb #5c481615
+# %% ../nbs/01_model.ipynb #654c798d
 POOLINGS = ("cls", "mean", "last")
 CONFIG_FILE = "bgem3_nb.json"
 LEXICAL_FILES = {"terms": "sparse_linear.pt", "expansion": "sparse_expansion.pt"}
@@ -55,7 +55,10 @@ class M3Config:
         path: str | Path,  # directory
     ):
         "Write the settings into `path` under their own file name."
-        replace_file(Path(path)/CONFIG_FILE, json.dumps(asdict(self), indent=2, ensure_ascii=False).encode())
+        replace_file(Path(path)/CONFIG_FILE, self.to_json_string().encode())
+
+    def to_dict(self) -> dict: return asdict(self)
+    def to_json_string(self) -> str: return json.dumps(asdict(self), indent=2, ensure_ascii=False)   # trackers of experiments ask for both
 
     @classmethod
     def load(cls,

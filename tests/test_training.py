@@ -54,6 +54,16 @@ def test_killed_and_resumed(tmp_path):
     assert a == b
 
 
+def test_a_tracker_gets_the_log(tmp_path):
+    "TensorBoard's events hold the parts of the loss and the validations; early stopping and grouped batches run along."
+    finish(start("tracked", tmp_path))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(next(tmp_path.rglob("events*")).parent)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss_dense", "train/loss_lexical_distill", "eval/dense_R@1"} <= tags
+    assert len(events.Scalars("train/loss")) == 3
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")

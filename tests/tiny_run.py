@@ -64,6 +64,13 @@ def gradients(out, cached):
     if run.is_world_process_zero(): torch.save(kept | {"loss": torch.tensor(run.state.log_history[0]["loss"])}, Path(out) / f"gradients-{world}-{int(cached)}.pt")
 
 
+def tracked(out):
+    "A short run that reports to TensorBoard."
+    trainer(out, max_steps=3, report_to="tensorboard", save_strategy="no", eval_strategy="steps", eval_steps=3, patience=2, metric_for_best_model="dense_R@1",
+            same_source=True, group_lengths=True).train()
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "whole": whole(sys.argv[2])
+    elif sys.argv[1] == "tracked": tracked(sys.argv[2])
     else: gradients(sys.argv[2], sys.argv[3] == "cached")
