@@ -45,10 +45,10 @@ def data(args):
 
 
 def copies(rows, part):
-    "A share of the positives once more, with some words left out."
+    "Positives of a share of the rows once more, with some words left out: (text, the positive)."
     rng = np.random.default_rng(1)
-    texts = [row["pos"][0].split() for row in rows if rng.random() < part]
-    return [" ".join(w for w, keep in zip(words, rng.random(len(words)) >= .2) if keep) for words in texts]
+    chosen = [row["pos"][0] for row in rows if rng.random() < part]
+    return [(" ".join(w for w, keep in zip(t.split(), rng.random(len(t.split())) >= .2) if keep), t) for t in chosen]
 
 
 def negatives(args, encoder, train):
@@ -56,9 +56,10 @@ def negatives(args, encoder, train):
     from bgem3_nb.denoising import Rule, containment, denoise, jaccard, minhash, same_text
     from bgem3_nb.mining import corpus_set, draw, known_positives, mined_rows, scores_of, take, top_dense
     plain = corpus_set(train); extra = copies(train, args.plant)
-    data = corpus_set(train, plain.passages + extra); known = known_positives(data)
+    data = corpus_set(train, plain.passages + [t for t, _ in extra]); known = known_positives(data)
     q, p = encoder.encode_queries(data.queries, outputs=("dense",)), encoder.encode_passages(data.passages, outputs=("dense",))
     score = lambda i, j: scores_of(q, p, i, j); found = top_dense(q, p, min(len(data.passages), 100 + max(map(len, known))))
+    origin = np.array([data.passages.index(t) for _, t in extra], int)
     measures = {"same text": same_text, "jaccard": jaccard, "containment": containment, "minhash": minhash}; out = {}
     for name in args.ways:
         if WAYS[name] is None: out[name] = train.map(lambda r: {"neg": []}); continue
@@ -66,7 +67,7 @@ def negatives(args, encoder, train):
         d = draw(found, known, data.queries, len(data.passages), score, args.negatives, mix, order=order)
         if clean: denoise(d, [Rule(n, m(data.passages, known), LIMITS[n]) for n, m in measures.items()], data)
         chosen, counts = take(d); out[name] = mined_rows(train, data, chosen, "dense", score)
-        false = np.mean(chosen.passage >= len(plain.passages)) if args.plant and len(chosen) else 0.
+        false = np.mean([j >= len(plain.passages) and origin[j - len(plain.passages)] in known[i] for i, j in zip(chosen["query"], chosen.passage)]) if args.plant else 0.
         print(f"{name:18} {counts['chosen']} negatives, {counts['queries with too few']} queries with too few, {int((d.pairs.reason != '').sum())} of {len(d.pairs)} pairs dropped" + (f", {false:.1%} are planted right answers" if args.plant else ""), flush=True)
     return out
 

@@ -352,7 +352,7 @@ def load_head(
 
 # %% ../nbs/14_projection.ipynb #8d0051ce
 def write_checkpoint(
-    t: "ProjectionTrainer",   # with a directory `out`
+    t,   # a `ProjectionTrainer` with a directory `out`
 ):
     "Everything that a resumed run needs, in one file."
     state = {f"optimizer.{n}.{k}": v for n, p in t.trained.items() for k, v in t.optimizer.state[p].items()}
@@ -361,7 +361,7 @@ def write_checkpoint(
 
 @torch.no_grad()
 def read_checkpoint(
-    t: "ProjectionTrainer",   # a new one, with the same settings
+    t,   # a new `ProjectionTrainer`, with the same settings
 ):
     "Continue where a checkpoint was written. Raises ValueError naming what differs from the run that wrote it."
     file = t.out/"checkpoint.safetensors"
