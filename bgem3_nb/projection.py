@@ -350,7 +350,7 @@ def load_head(
     head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
     return head
 
-# %% ../nbs/14_projection.ipynb #8d0051ce
+# %% ../nbs/14_projection.ipynb #bc516775
 def write_checkpoint(
     t,   # a `ProjectionTrainer` with a directory `out`
 ):
@@ -467,7 +467,7 @@ class ProjectionTrainer:
         if self.best:
             for n, p in self.trained.items(): p.copy_(self.best_tensors[n])
 
-# %% ../nbs/14_projection.ipynb #8d54aa8d
+# %% ../nbs/14_projection.ipynb #946ae8a0
 class TopLayers(nn.Module):
     "Dense vectors from the encoder's last layers, which are trained, on kept states of the layers below."
     def __init__(self,
@@ -475,7 +475,7 @@ class TopLayers(nn.Module):
         layers: int,                  # how many
         data: Examples,               # whose texts
         max_length: int = 128,        # tokens after which a text is cut
-        dtype: torch.dtype | None = None,  # precision of the frozen part; None: what suits the device
+        dtype: torch.dtype | None = None,  # precision of the products; None: bf16 where the hardware is fast at it
         progress: bool = False,       # show a bar
     ):
         super().__init__()
@@ -485,7 +485,8 @@ class TopLayers(nn.Module):
         self.layers, self.pooling = stack[-layers:].requires_grad_(True), model.config.pooling
         model.encoder.encoder.layer = stack[:-layers]
         try:
-            below = M3Encoder(model, max_length=max_length, dtype=dtype, progress=False)
+            below = M3Encoder(model, max_length=max_length, dtype=dtype, device=next(model.parameters()).device, progress=False)
+            self.dtype = below.dtype
             for name, texts, prompt in (("q", data.queries, model.config.query_prompt), ("p", data.passages, model.config.passage_prompt)):
                 parts = [texts[i:i + 512] for i in range(0, len(texts), 512)]
                 states = [h.half() for part in tqdm(parts, desc=f"states of {name}", disable=not progress) for h in below.hidden(below.tokenize(part, prompt))]
@@ -498,16 +499,20 @@ class TopLayers(nn.Module):
     def passages(self, places: torch.Tensor) -> torch.Tensor: return self.run(self.p, self.p_offsets, places)
 
     def run(self, states, offsets, places):
-        "The unit vectors of some texts."
+        "The unit vectors of some texts; more than 64 go in parts of similar length, which saves padding."
         lengths = offsets[places + 1] - offsets[places]
+        if len(places) > 64:
+            order = lengths.argsort()
+            return torch.cat([self.run(states, offsets, places[at]) for at in order.split(64)])[order.argsort()]
         at = torch.arange(int(lengths.max()), device=states.device)
         mask = at < lengths[:, None]                                                             # [b, n]
-        hidden = states[(offsets[places][:, None] + at).clamp(max=len(states) - 1)].float()      # [b, n, d]; what is masked is not read
-        hidden, bias = hidden * mask[..., None], torch.where(mask, 0., torch.finfo(torch.float32).min)[:, None, None]
-        for layer in self.layers:
-            hidden = layer(hidden, bias)
-            if isinstance(hidden, tuple): hidden = hidden[0]
-        return F.normalize(pool(hidden, mask.long(), self.pooling), dim=-1)
+        hidden = states[(offsets[places][:, None] + at).clamp(max=len(states) - 1)].float() * mask[..., None]   # [b, n, d]
+        bias = torch.where(mask, 0., torch.finfo(torch.float32).min)[:, None, None]
+        with torch.autocast(states.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            for layer in self.layers:
+                hidden = layer(hidden, bias)
+                if isinstance(hidden, tuple): hidden = hidden[0]
+        return F.normalize(pool(hidden.float(), mask.long(), self.pooling), dim=-1)
 
 # %% ../nbs/14_projection.ipynb #4dfbcbbc
 HEAD_FILE = "dense_head.safetensors"
