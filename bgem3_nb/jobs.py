@@ -24,6 +24,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import current_thread, main_thread
 from tokenize import COMMENT, generate_tokens
 from types import NoneType, UnionType
@@ -279,8 +280,9 @@ def _kernel_class(progress, started):
     class SameInterpreter(base):
         kernel_spec = property(lambda self: spec)
         async def start_kernel(self, **kw):
+            self.noise = TemporaryFile()   # what the process itself writes to stderr, as when it is shut down; shown if the job fails
             started.append(self)
-            return await super().start_kernel(**kw)
+            return await super().start_kernel(**kw, stderr=self.noise)
     return SameInterpreter
 
 
@@ -382,6 +384,9 @@ def _run_cells(plan, running, progress):
                 number = came[0] if came else signal.SIGINT
                 return 128 + number, f"was stopped by {signal.Signals(number).name}"
             if not isinstance(e, Exception): raise
+            for kernel in started:
+                kernel.noise.seek(0)
+                print(kernel.noise.read().decode(errors="replace"), end="", file=sys.stderr)
             if isinstance(e, papermill.PapermillExecutionError):
                 first, *more = f"{e.ename}: {e.evalue}".strip().splitlines()
                 return 1, f"failed: {first}{' ...' if more else ''}"
