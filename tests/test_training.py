@@ -46,8 +46,8 @@ def test_killed_and_resumed(tmp_path):
     finish(start("whole", tmp_path / "whole"))
     out, draw = tmp_path / "killed", random.Random(0)
     kill_when(start("whole", out), lambda: (out / "checkpoint-3").exists() and unfinished(out))
-    process, after = start("whole", out), draw.uniform(0, .3)
-    kill_when(process, lambda: (out / "checkpoint-6").exists() and not time.sleep(after))
+    process, after = start("whole", out), draw.uniform(0, .2)
+    kill_when(process, lambda: (out / "checkpoint-5").exists() and not time.sleep(after))
     finish(start("whole", out))
     a, b = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("whole", "killed"))
     assert [h.get("step") for h in a["log"]] == [h.get("step") for h in b["log"]]
