@@ -138,7 +138,7 @@ def read_states(
     if "dense" in outputs:
         sums = lambda: torch.zeros(len(ids), hidden.shape[1], device=hidden.device).index_add_(0, owner, hidden) / lengths[:, None]
         pooled = {"cls": lambda: hidden[first], "last": lambda: hidden[ends - 1], "mean": sums}[model.config.pooling]()
-        out.dense = normalize(pooled, dim=-1).cpu().numpy()
+        out.dense = model.dense(pooled).cpu().numpy()
     if "lexical" in outputs:
         flat = torch.tensor([t for i in ids for t in i], dtype=torch.int64, device=hidden.device)
         if model.config.lexical == "terms": terms, weights, of = *model.lexical_weights(hidden, flat, torch.ones_like(flat)), owner

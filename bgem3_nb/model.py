@@ -191,11 +191,17 @@ class M3Model(nn.Module):
     ) -> M3Output:
         "The heads alone, on hidden states that are already there."
         hidden, out = hidden.to(self.multi_head.weight.dtype), M3Output(ids=input_ids, mask=attention_mask[:, 1:])
-        if "dense" in outputs: out.dense = F.normalize(pool(hidden, attention_mask, self.config.pooling), dim=-1)
+        if "dense" in outputs: out.dense = self.dense(pool(hidden, attention_mask, self.config.pooling))
         if "lexical" in outputs: out.ids, out.lexical = self.lexical_weights(hidden, input_ids, attention_mask)
         if "multi" in outputs:
             out.multi = F.normalize(self.multi_head(hidden[:, 1:]).float(), dim=-1) * out.mask.unsqueeze(-1)
         return out
+
+    def dense(self,
+        pooled: torch.Tensor,           # (b, d), one vector a text
+    ) -> torch.Tensor:                  # (b, d)
+        "Dense vectors, of length 1."
+        return F.normalize(pooled, dim=-1)
 
     def lexical_weights(self,
         hidden: torch.Tensor,           # (b, n, d)

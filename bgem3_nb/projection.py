@@ -25,9 +25,9 @@ from scipy.sparse.csgraph import connected_components
 from torch import nn
 from tqdm.auto import tqdm
 
-from .encoding import Embeddings, M3Encoder
+from .encoding import M3Encoder
 from .losses import info_nce
-from .model import OUTPUTS, M3Model, M3Output, load_model, pool, replace_file, save_model
+from .model import M3Model, load_model, pool, replace_file, save_model
 
 # %% ../nbs/14_projection.ipynb #b06d3893
 class ProjectionHead(nn.Module):
@@ -534,13 +534,11 @@ class M3WithHead(M3Model):
         for part in (self.encoder, self.lexical_head, self.multi_head): part.requires_grad_(False)
         for part in (head, *stack[len(stack) - train_layers:]): part.requires_grad_(True)
 
-    def heads(self,
-        hidden: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor, outputs: tuple = OUTPUTS,   # as for `M3Model.heads`
-    ) -> M3Output:
-        "The outputs, the dense one projected."
-        out = super().heads(hidden, input_ids, attention_mask, outputs)
-        if out.dense is not None: out.dense = F.normalize(self.dense_head(out.dense), dim=-1)
-        return out
+    def dense(self,
+        pooled: torch.Tensor,     # (b, d_in), as for `M3Model.dense`
+    ) -> torch.Tensor:            # (b, d_out)
+        "Dense vectors, projected, of length 1."
+        return F.normalize(self.dense_head(super().dense(pooled)), dim=-1)
 
     def save_pretrained(self, path: str | Path):
         "Save the model in the directory `path`, its head beside it."
@@ -565,13 +563,6 @@ class HeadEncoder(M3Encoder):
     def from_pretrained(cls, name_or_path: str | Path, **kwargs) -> "HeadEncoder":
         "An encoder from a directory that `M3WithHead.save_pretrained` wrote."
         return cls(M3WithHead.from_pretrained(name_or_path), **kwargs)
-
-    @torch.inference_mode()
-    def encode(self, texts: list[str], prompt: str = "", outputs: tuple = OUTPUTS, max_length: int | None = None) -> Embeddings:
-        "As `M3Encoder.encode`, with projected dense vectors."
-        e = super().encode(texts, prompt, outputs, max_length)
-        if e.dense is not None: e.dense = F.normalize(self.model.dense_head(torch.from_numpy(e.dense).to(self.device)), dim=-1).cpu().numpy()
-        return e
 
 # %% ../nbs/14_projection.ipynb #65d93eb4
 def sentence_modules(
