@@ -142,7 +142,7 @@ def main():
         packed = [sum(map(len, b)) for b in encoder.batches(encoder.tokenize(texts))[1]]
         print(f"\npadded tokens: {1 - tokens / sum(packed):.1%} (texts are laid end to end)")
         a, b = (np.load(f"{folder}/ours, {k}.npz") for k in ("bf16", "fp32"))
-        print(f"bf16 against fp32: smallest dense cosine {(a['dense'] * b['dense']).sum(1).min():.5f}, the same ten heaviest terms in {(a['top'] == b['top']).all(1).mean():.1%} of texts")
+        print(f"bf16 against fp32: smallest dense cosine {(a['dense'] * b['dense']).sum(1).min():.5f}, the same ten heaviest terms in {(a['top'] == b['top']).all(1).mean():.1%} of texts, {np.mean([len(np.intersect1d(x, y)) for x, y in zip(a['top'], b['top'])]) / 10:.2%} of the terms shared")
         for name, dtype in (("bf16", BF16), ("fp32", F32)):
             bare, reached = matrix_rate(dtype), flops / tokens * rate[f"ours, {name}"]
             rest = ", ".join(f"{k} {v:.0%}" for k, v in shares(model, texts[:100], dtype).items())

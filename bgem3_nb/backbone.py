@@ -6,7 +6,8 @@
 __all__ = ['LAYER_PARTS', 'E5_PROMPTS', 'CONVERSION', 'cache_dir', 'dequantise', 'Cursor', 'E5File', 'embedded_file',
            'xlmr_state', 'xlmr_config', 'proto_field', 'nmt_nfkc', 'xlmr_tokenizer', 'write_backbone', 'is_complete',
            'remove_stale', 'publish', 'convert_embedded', 'embedded_path', 'check_name', 'load_encoder',
-           'check_tokenizer', 'load_backbone', 'pick_device', 'cpu_flags', 'pick_dtype', 'attend', 'PackedEncoder']
+           'check_tokenizer', 'load_backbone', 'pick_device', 'cpu_flags', 'pick_dtype', 'PackedLinear', 'attend',
+           'PackedEncoder']
 
 # %% ../nbs/00_backbone.ipynb #68111483
 import json, os, secrets, shutil, struct, time
@@ -358,7 +359,28 @@ def pick_dtype(
     fast = sorted(cpu_flags() & {"avx512_bf16", "amx_bf16"})
     return (torch.bfloat16, f"bf16: the processor has {' and '.join(fast)}") if fast else (torch.float32, "fp32: the processor has no bf16 instructions")
 
-# %% ../nbs/00_backbone.ipynb #0224bc76
+# %% ../nbs/00_backbone.ipynb #766643dd
+class PackedLinear:
+    "A linear layer for inference on the CPU, its weight laid out once for oneDNN; as it is where oneDNN does not serve."
+    def __init__(self,
+        *layers: torch.nn.Linear,             # of the same input; their outputs come side by side
+        dtype: torch.dtype = torch.float32,   # of inputs, weights and outputs
+    ):
+        self.weight, self.bias = torch.cat([x.weight.detach() for x in layers]).to(dtype), torch.cat([x.bias.detach() for x in layers]).to(dtype)
+        self.blocks = None
+        with suppress(AttributeError, RuntimeError):     # a build or a processor without these products
+            blocks = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1024)
+            torch.ops.mkldnn._linear_pointwise(self.weight[:1], blocks, self.bias, "none", [], "")
+            self.weight, self.blocks = None, blocks
+
+    def __call__(self,
+        x: torch.Tensor,     # (m, d_in)
+    ) -> torch.Tensor:       # (m, d_out)
+        "The product."
+        if self.blocks is None: return torch.nn.functional.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, "none", [], "")
+
+# %% ../nbs/00_backbone.ipynb #ca3455ec
 def attend(
     qkv: torch.Tensor,   # (texts * n, 3 * d) queries, keys and values of texts of equal length, side by side
     n: int,              # tokens of each text
@@ -367,11 +389,15 @@ def attend(
     "Self-attention within each text."
     q, k, v = qkv.view(-1, n, 3, heads, qkv.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4)  # each [texts, heads, n, d / heads]
     if qkv.dtype == torch.bfloat16 and n <= 512:
-        out = ((q * q.shape[-1]**-.5) @ (k - k.mean(2, keepdim=True)).transpose(-1, -2)).softmax(-1) @ v
+        q, k = q * q.shape[-1]**-.5, (k - k.mean(2, keepdim=True)).transpose(-1, -2)
+        share = (q @ k).exp_()
+        total = share.sum(-1, keepdim=True)
+        plain = total.min() > 0 and total.max() < torch.inf
+        out = share @ v / total if plain else (q @ k).softmax(-1) @ v
     else: out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).reshape(len(qkv), -1)
 
-# %% ../nbs/00_backbone.ipynb #40db4c31
+# %% ../nbs/00_backbone.ipynb #9b23fe49
 class PackedEncoder:
     "A BERT, RoBERTa or XLM-R encoder on texts laid end to end: the same hidden states, no padding. For inference on the CPU."
     def __init__(self,
@@ -393,7 +419,7 @@ class PackedEncoder:
         "Take the weights again if they have changed since; whoever trains the encoder calls this."
         now = [(w.data_ptr(), w._version, w.flatten()[0].item()) for w in self.encoder.encoder.parameters()]
         if now == self.seen: return
-        part = lambda *m: (torch.cat([x.weight for x in m]).to(self.dtype), torch.cat([x.bias for x in m]).to(self.dtype))
+        part = lambda *m: PackedLinear(*m, dtype=self.dtype)
         norm = lambda m: (m.normalized_shape, m.weight.float(), m.bias.float(), m.eps)
         self.seen, self.layers = now, [
             (part(a.self.query, a.self.key, a.self.value), part(a.output.dense), norm(a.output.LayerNorm),
@@ -417,8 +443,8 @@ class PackedEncoder:
         F, h, heads = torch.nn.functional, self.embed(ids), self.encoder.config.num_attention_heads
         runs = [(n, sum(1 for _ in same)) for n, same in groupby(len(i) for i in ids)]
         for qkv, out, norm1, up, down, norm2 in self.layers:
-            mixed = F.linear(h.to(self.dtype), *qkv).split([n * texts for n, texts in runs])
+            mixed = qkv(h.to(self.dtype)).split([n * texts for n, texts in runs])
             mixed = torch.cat([attend(m, n, heads) for m, (n, _) in zip(mixed, runs)])
-            h = F.layer_norm(h + F.linear(mixed, *out), *norm1)
-            h = F.layer_norm(h + F.linear(F.gelu(F.linear(h.to(self.dtype), *up)), *down), *norm2)
+            h = F.layer_norm(h + out(mixed), *norm1)
+            h = F.layer_norm(h + down(F.gelu(up(h.to(self.dtype)))), *norm2)
         return h

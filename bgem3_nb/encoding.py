@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from .backbone import PackedEncoder, pick_device, pick_dtype
 from .model import OUTPUTS, M3Model, pool
 
-# %% ../nbs/02_encoding.ipynb #c3400c3d
+# %% ../nbs/02_encoding.ipynb #fe9a5e36
 @dataclass
 class Embeddings:
     "The outputs for n texts; parts that were not asked for are None."
@@ -54,14 +54,24 @@ class Embeddings:
 
     @classmethod
     def concat(cls,
-        parts: list["Embeddings"],   # at least one, all with the same outputs
+        parts: list["Embeddings"],        # at least one, all with the same outputs
+        places: np.ndarray | None = None, # (n,) where each text goes in the result; None: one after the other
     ) -> "Embeddings":
-        "The texts of all parts, one after the other. Raises ValueError where one part has an output that another lacks."
+        "The texts of all parts. Raises ValueError where one part has an output that another lacks."
         have = [{k for k, v in vars(p).items() if v is not None} for p in parts]
         if not parts or any(h != have[0] for h in have): raise ValueError(f"nothing to join, or parts with different outputs: {[sorted(h) for h in have]}")
-        join = {"dense": np.concatenate, "multi": np.concatenate, "lexical": lambda m: csr_matrix(vstack(m, format="csr")),
-                "offsets": lambda o: np.concatenate([[0], np.cumsum(np.concatenate([np.diff(x) for x in o]))]).astype(np.int64)}
-        return cls(**{k: join[k]([getattr(p, k) for p in parts]) for k in have[0]})
+        out, order = cls(), slice(None) if places is None else np.argsort(places)
+        if "dense" in have[0]: out.dense = np.concatenate([p.dense for p in parts])[order]
+        if "lexical" in have[0]: out.lexical = csr_matrix(vstack([p.lexical for p in parts], format="csr"))[order]
+        if "multi" in have[0]:
+            lengths = np.concatenate([np.diff(p.offsets) for p in parts])
+            out.offsets = np.concatenate([[0], np.cumsum(lengths[order])]).astype(np.int64)
+            starts, at = out.offsets[:-1] if places is None else out.offsets[places], 0
+            out.multi = np.empty((out.offsets[-1], parts[0].multi.shape[1]), np.result_type(*[p.multi for p in parts]))
+            for p in parts:
+                out.multi[np.repeat(starts[at:at + len(p)] - p.offsets[:-1], np.diff(p.offsets)) + np.arange(len(p.multi))] = p.multi
+                at += len(p)
+        return out
 
     def to_dict(self,
         lists: bool = False,   # lists and floats instead of arrays, for JSON
@@ -124,7 +134,7 @@ def lexical_rows(
     value = np.maximum.reduceat(value[order], first) if len(first) else value
     return csr_matrix((value, (key // shape[1], key % shape[1])), shape=shape, dtype=np.float32)
 
-# %% ../nbs/02_encoding.ipynb #9adba677
+# %% ../nbs/02_encoding.ipynb #7837acb5
 def read_states(
     model: M3Model,         # for its heads
     hidden: torch.Tensor,   # (tokens, d) fp32, the states of several texts, end to end
@@ -160,7 +170,7 @@ def out_of_memory(
     "Whether it says that memory ran out, on the device or on the host."
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
-# %% ../nbs/02_encoding.ipynb #f09e540c
+# %% ../nbs/02_encoding.ipynb #7fcbd9a1
 WINDOW = 4096   # texts that are tokenised and sorted together
 
 class M3Encoder:
@@ -209,7 +219,7 @@ class M3Encoder:
         "Embeddings in the order of `texts`. Raises ValueError naming the first text that is not a string."
         if not outputs or set(outputs) - set(OUTPUTS): raise ValueError(f"outputs must be some of {OUTPUTS}, not {outputs!r}")
         check_texts(texts)
-        length, parts, full = max_length or self.max_length, [], 0
+        length, parts, places, full = max_length or self.max_length, [], [], 0
         windows = [texts[i:i + WINDOW] for i in range(0, len(texts), WINDOW)] or [[]]
         with tqdm(total=len(texts), desc="encode", unit="text", disable=not self.progress or len(texts) < 64) as bar, ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(self.tokenize, windows[0], prompt, length)
@@ -219,8 +229,9 @@ class M3Encoder:
                 order, batches = self.batches(ids)
                 full += sum(len(i) == length for i in ids)
                 if full: bar.set_postfix_str(f"{full:,} texts fill {length} tokens and may be cut", refresh=False)
-                parts.append(Embeddings.concat(self.run(batches, lambda b: [read_states(self.model, self.states(b), b, outputs)], bar))[np.argsort(order)])
-        return parts[0] if len(parts) == 1 else Embeddings.concat(parts)
+                parts += self.run(batches, lambda b: [read_states(self.model, self.states(b), b, outputs)], bar)
+                places.append(sum(map(len, places)) + order)
+        return Embeddings.concat(parts, np.concatenate(places))
 
     def hidden(self,
         ids: list[list[int]],   # token ids of each text, as `tokenize` gives them
