@@ -98,10 +98,10 @@ def shares(model, texts, dtype):
     with profile(activities=[ProfilerActivity.CPU]) as p, torch.inference_mode():
         for b in batches: encoder.packed(b)
     torch.set_num_threads(threads)
-    kinds = {"linear layers": ("addmm", "mm"), "attention": ("bmm", "softmax", "scaled_dot_product", "flash", "baddbmm", "mean", "sub"), "activation": ("gelu",)}
+    kinds = {"linear layers": ("addmm", "mm", "linear"), "attention": ("bmm", "softmax", "scaled_dot_product", "flash", "exp", "sum", "mean", "sub", "mul", "div"), "activation": ("gelu",)}
     total, out = 0, dict.fromkeys([*kinds, "norms, sums, copies"], 0)
     for e in p.key_averages():
-        kind = next((k for k, names in kinds.items() if any(e.key.removeprefix("aten::").lstrip("_").startswith(n) for n in names)), "norms, sums, copies")
+        kind = next((k for k, names in kinds.items() if any(e.key.split("::")[-1].lstrip("_").startswith(n) for n in names)), "norms, sums, copies")
         total += e.self_cpu_time_total; out[kind] += e.self_cpu_time_total
     return {k: v / total for k, v in out.items()}
 

@@ -6,7 +6,7 @@
 __all__ = ['JobError', 'job_roots', 'find_jobs', 'JobParam', 'job_params', 'fit', 'from_text', 'find_params', 'read_params',
            'JobPlan', 'plan_job', 'JobFailed', 'execute', 'run_job', 'main']
 
-# %% ../nbs/41_jobs.ipynb #151b46ef
+# %% ../nbs/41_jobs.ipynb #e9dddd07
 import ast
 import json
 import logging
@@ -178,14 +178,15 @@ def find_params(
     if str(path.parent) in (".", "params") and path.suffix in ("", ".yaml") and path.stem in own: return own[path.stem]
     raise JobError(f"there is no parameter file {name!r}; the project's own are: {', '.join(sorted(own)) or 'none'}")
 
-# %% ../nbs/41_jobs.ipynb #1ac4fead
+# %% ../nbs/41_jobs.ipynb #62b190ee
 def read_params(
     path: str | Path,
 ) -> dict[str, tuple[Any, str]]:  # name -> (value, "file, line n")
-    "The values of a YAML file; a `JobError` with file and line when it is not a mapping of names to values."
+    "The values of a YAML or JSON file; a `JobError` with file and line when it is not a mapping of names to values."
     yaml = _needs("yaml")
     try:
         text = Path(path).read_text(encoding="utf-8")
+        if Path(path).suffix == ".json": text = text.replace("\t", " ")      # JSON may be indented by tabs, YAML may not
         root, data = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as e: raise JobError(f"{path} cannot be read: {e}") from None
     except (yaml.YAMLError, ValueError) as e:
@@ -263,7 +264,7 @@ def plan_job(
     values["out"] = values["out"] or f"data/runs/{name}"
     return JobPlan(name, path, values, origins, Path(values["out"]))
 
-# %% ../nbs/41_jobs.ipynb #74efbf45
+# %% ../nbs/41_jobs.ipynb #26ac719e
 def _kernel_class(progress, started):
     "A kernel manager whose kernel is this very interpreter; the kernels it starts are put into `started`."
     base, spec_class = _needs("jupyter_client").AsyncKernelManager, _needs("jupyter_client.kernelspec").KernelSpec
@@ -363,7 +364,7 @@ def execute(
     _write_html(done, plan.file(".html"), hide_code)
     return done
 
-# %% ../nbs/41_jobs.ipynb #c7a9ec1e
+# %% ../nbs/41_jobs.ipynb #1dc30018
 def _run_cells(plan, running, progress):
     "Run the notebook at `running` in place: (exit code, what went wrong)."
     papermill = _needs("papermill")

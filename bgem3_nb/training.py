@@ -33,7 +33,7 @@ from .losses import flops_penalty, info_nce, lexical_matrix, margin_loss, score_
 from .model import OUTPUTS, M3Model, M3Output, load_heads, replace_file
 from .scoring import all_scores
 
-# %% ../nbs/12_training.ipynb #0b0a5199
+# %% ../nbs/12_training.ipynb #a894ddc4
 @dataclass
 class M3TrainingArguments(TrainingArguments):
     "`transformers.TrainingArguments`, with what BGE-M3's training needs beside them."
@@ -55,7 +55,7 @@ class M3TrainingArguments(TrainingArguments):
     query_length: int = 64                # tokens after which a query is cut in training
     passage_length: int = 256             # tokens after which a passage is cut in training
     search_length: int = 512              # tokens after which a text is cut in validation
-    chunk_tokens: int = 4096              # texts go through the encoder in chunks of so many tokens
+    chunk_tokens: int = 2048              # texts go through the encoder in chunks of so many tokens
     lexical_learning_rate: float = 5e-4   # of the lexical head
     lexical_sparsity: float = 0.          # weight of the penalty on frequent terms; for a head that expands
     multi_learning_rate: float = 1e-4     # of the multi-vector head
@@ -188,7 +188,7 @@ class BatchOrder(Sampler):
             if len(waiting[b][0]) == self.batch: full.append(waiting.pop(b)[0])
         return full, [i for block, _ in waiting for i in block] + left
 
-# %% ../nbs/12_training.ipynb #83eb39bd
+# %% ../nbs/12_training.ipynb #2dcfb9b1
 @dataclass
 class BatchLabels:
     "What the loss must know of a batch beside its texts."
@@ -201,7 +201,7 @@ class M3Collator:
         model: M3Model,             # for its tokenizer and prompts
         query_length: int = 64,     # tokens
         passage_length: int = 256,  # tokens
-        chunk_tokens: int = 4096,   # token budget of a chunk
+        chunk_tokens: int = 2048,   # token budget of a chunk
     ):
         self.tokenizer, self.config = model.tokenizer, model.config
         self.query_length, self.passage_length, self.chunk_tokens = query_length, passage_length, chunk_tokens

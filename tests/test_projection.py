@@ -14,10 +14,11 @@ from hypothesis import given, settings, strategies as st
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from bgem3_nb.backbone import embedded_path, load_backbone
+from bgem3_nb.encoding import EncoderPool, M3Encoder
 from bgem3_nb.losses import info_nce
-from bgem3_nb.model import M3Config, M3Model
-from bgem3_nb.projection import (Examples, HeadEncoder, M3WithHead, ProjectionArguments, ProjectionHead, ProjectionTrainer, TopLayers, batch,
-                                 export_sentence_transformers, listing_groups, messy, projection_loss, read_tensors, split_listings)
+from bgem3_nb.model import M3Config, M3Model, read_tensors
+from bgem3_nb.projection import (Examples, M3WithHead, ProjectionArguments, ProjectionHead, ProjectionTrainer, TopLayers, batch,
+                                 export_sentence_transformers, listing_groups, messy, projection_loss, split_listings)
 
 TEXTS = ["Phòng trọ 25m² Quận 10, wc riêng", "q10", "a", "Căn hộ mini có ban công, giá 5tr5, không chung chủ, gần chợ và bến xe"]
 
@@ -47,11 +48,20 @@ def test_sentence_transformers_gives_the_same_vectors(tmp_path, tokenizer, pooli
     names = [type(m).__name__ for m in theirs]
     assert names[:2] == ["Transformer", "Pooling"] and names[-1] == "Normalize" and "Dense" in names
     if not bias: assert names == ["Transformer", "Pooling", "Dense", "Normalize"]
-    ours = HeadEncoder(model, max_length=64, dtype=torch.float32, progress=False)
+    ours = M3Encoder(model, max_length=64, dtype=torch.float32, progress=False)
     np.testing.assert_allclose(theirs.encode(TEXTS), ours.encode(TEXTS).dense, atol=1e-5)
     np.testing.assert_allclose(theirs.encode(TEXTS, prompt_name="query"), ours.encode_queries(TEXTS).dense, atol=1e-5)
     np.testing.assert_allclose(theirs.encode(TEXTS, prompt_name="passage"), ours.encode_passages(TEXTS).dense, atol=1e-5)
     assert {p.name for p in tmp_path.iterdir()} == {"st"}                                        # nothing temporary is left
+
+
+def test_every_encoder_that_opens_the_directory_projects(tmp_path, tokenizer):
+    model = M3WithHead(small_model(tokenizer, "cls"), ProjectionHead(32, 12))
+    model.save_pretrained(tmp_path)
+    wanted = M3Encoder(model, max_length=64, dtype=torch.float32, progress=False).encode(TEXTS).dense
+    assert wanted.shape[1] == 12
+    np.testing.assert_allclose(M3Encoder.from_pretrained(str(tmp_path), max_length=64, dtype=torch.float32, progress=False).encode(TEXTS).dense, wanted, atol=1e-6)
+    with EncoderPool(model, ["cpu"], max_length=64, dtype=torch.float32, progress=False) as pool: np.testing.assert_allclose(pool.encode(TEXTS).dense, wanted, atol=1e-6)
 
 
 def test_export_does_not_touch_what_is_not_an_export(tmp_path, tokenizer):
@@ -66,7 +76,7 @@ def test_last_layers_equal_the_whole_encoder(tokenizer, layers, dtype, atol):
     model = small_model(tokenizer, "mean")
     data = Examples.from_rows([{"query": TEXTS[0], "pos": [TEXTS[1]], "neg": [*TEXTS[2:], *(f"phòng {i} " * (i % 7) + "tr" for i in range(80))]}])
     top = TopLayers(model, layers, data, dtype=dtype)
-    whole = HeadEncoder(M3WithHead(model, ProjectionHead(32, 32)), max_length=64, dtype=torch.float32, progress=False)
+    whole = M3Encoder(M3WithHead(model, ProjectionHead(32, 32)), max_length=64, dtype=torch.float32, progress=False)
     with torch.no_grad(): whole.model.dense_head.linear.weight.copy_(torch.eye(32))
     np.testing.assert_allclose(top.passages(torch.arange(len(data.passages))).detach(), whole.encode_passages(data.passages).dense, atol=atol)   # more than one part
     np.testing.assert_allclose(top.queries(torch.arange(1)).detach(), whole.encode_queries(data.queries).dense, atol=atol)
@@ -117,8 +127,8 @@ def test_no_text_is_on_two_sides(rows):
 SCRIPT = """
 import sys, torch
 from pathlib import Path
-from bgem3_nb.projection import *
-from bgem3_nb.projection import CachedVectors
+from bgem3_nb.model import ProjectionHead
+from bgem3_nb.projection import CachedVectors, Examples, LearnedWeights, ProjectionArguments, ProjectionTrainer
 torch.set_num_threads(int(sys.argv[3]))
 gen = torch.Generator().manual_seed(0)
 Q, P = (torch.nn.functional.normalize(torch.randn(n, 64, generator=gen), dim=-1) for n in (800, 1600))
