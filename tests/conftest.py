@@ -1,5 +1,6 @@
 """What all tests share: no network, job notebooks made on the spot, the command line as a process."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ LAUNCHER = [sys.executable, "-c", "import sys; from bgem3_nb.jobs import main; s
 SETTINGS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 os.environ.update(SETTINGS)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)   # started in a shell's background; children inherit it
 sys.path.insert(0, str(REPO))
 if "sitecustomize" not in sys.modules or not hasattr(sys.modules["sitecustomize"], "is_local"):  # pytest run by hand
     sys.path.insert(0, str(OFFLINE))
