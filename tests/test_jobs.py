@@ -241,8 +241,8 @@ def gone(pid):
 @pytest.mark.parametrize("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped(job, tmp_path, started, sig, code):
     "The cell is interrupted, its own clean-up runs, the kernel is gone, the partial notebook is kept."
-    job("50_toy", PARAMETERS, "import os, time\nprint('kernel', os.getpid(), flush=True)\n"
-        "try: time.sleep(60)\nfinally: open(out + '/cleaned.txt', 'w').close()", "print('after')")
+    job("50_toy", PARAMETERS, "import os, time\ntry:\n    print('kernel', os.getpid(), flush=True)\n    time.sleep(60)\n"
+        "finally: open(out + '/cleaned.txt', 'w').close()", "print('after')")
     process, kernel = started()
     process.send_signal(sig)
     stdout, stderr = process.communicate(timeout=30)
