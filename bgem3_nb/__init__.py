@@ -7,7 +7,7 @@ _PUBLIC = {
     "explain": "scoring", "span_embeddings": "granularity",
     "encode_corpus": "index", "EmbeddingStore": "index", "search": "index",
     "M3Model": "model", "M3Config": "model",
-    "ProjectionHead": "projection", "M3WithHead": "projection", "export_sentence_transformers": "projection",
+    "ProjectionHead": "model", "M3WithHead": "projection", "export_sentence_transformers": "projection",
     "M3Trainer": "training", "M3TrainingArguments": "training",
     "load_source": "sources", "load_data": "formats", "save_data": "formats", "read_rows": "rows", "write_rows": "rows",
     "read_documents": "documents", "chunk_documents": "documents", "generate_queries": "queries", "rule_queries": "queries",

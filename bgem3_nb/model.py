@@ -313,7 +313,7 @@ def save_directory(
             for f in sorted(tmp.iterdir()): os.replace(f, path/f.name)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/01_model.ipynb #ba546563
+# %% ../nbs/01_model.ipynb #1d0c4173
 def head_files(
     config: M3Config,   # of the checkpoint
 ) -> dict[str, str]:    # name of the head in `M3Model` to name of its file
@@ -333,8 +333,9 @@ def save_model(
         if model.dense_head is not None: write_tensors(tmp/DENSE_HEAD, {f"head.{k}": v for k, v in model.dense_head.state_dict().items()}, {"head": model.dense_head.settings})
         model.config.save(tmp)
     save_directory(path, write)
+    if model.dense_head is None: (Path(path)/DENSE_HEAD).unlink(missing_ok=True)     # of a model that was here before
 
-# %% ../nbs/01_model.ipynb #42222c4a
+# %% ../nbs/01_model.ipynb #2c065199
 def read_head(
     name_or_path: str | Path,  # directory or hub name
     file: str,                 # the head's file
@@ -368,10 +369,11 @@ def load_projection(
     tensors, about = read_tensors(path)
     if "head" not in about: raise ValueError(f"{path}: there is no projection head in this file")
     head = ProjectionHead(**about["head"])
-    head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
+    try: head.load_state_dict({k.removeprefix("head."): v for k, v in tensors.items() if k.startswith("head.")})
+    except RuntimeError as e: raise ValueError(f"{path}: its numbers do not fit the head that it describes ({about['head']}): {e}") from None
     return head
 
-# %% ../nbs/01_model.ipynb #7cc39bea
+# %% ../nbs/01_model.ipynb #c5ff3c5b
 def load_model(
     name_or_path: str | Path = "embedded",  # "embedded", a directory, or a hub name such as "BAAI/bge-m3"
     new_heads: str = "",                    # "" loads trained heads; "identity" or "random" starts new ones
@@ -388,5 +390,8 @@ def load_model(
         config.multi_dim = 0 if len(state["weight"]) == encoder.config.hidden_size else len(state["weight"])
     model = M3Model(encoder, tokenizer, config)
     init_heads(model, new_heads, seed) if new_heads else load_heads(model, path)
-    if file := find_file(path, DENSE_HEAD): model.dense_head = load_projection(file)
+    if file := find_file(path, DENSE_HEAD):
+        model.dense_head = load_projection(file)
+        width, d = model.dense_head.linear.in_features, encoder.config.hidden_size
+        if width != d: raise ValueError(f"{file}: the projection takes vectors of width {width}, the encoder gives {d}; it belongs to another model")
     return model.to(device).eval()

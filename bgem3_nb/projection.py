@@ -478,6 +478,7 @@ def sentence_modules(
     model: M3WithHead,
 ) -> list[tuple]:       # (class of sentence-transformers, its settings, its tensors), after the Transformer
     "The dense part of the model as modules."
+    if model.dense_head is None: raise ValueError("this model has no projection head; put one on it with M3WithHead(model, head)")
     head, poolings = model.dense_head, {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
     d_in, d_out, bias, layer_norm = head.settings.values()
     modules = [("Pooling", {"word_embedding_dimension": d_in, **{f"pooling_mode_{k}": model.config.pooling == v for k, v in poolings.items()}}, {})]

@@ -69,6 +69,8 @@ def test_export_does_not_touch_what_is_not_an_export(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="holds something else"):
         export_sentence_transformers(M3WithHead(small_model(tokenizer, "cls"), ProjectionHead(32, 8)), tmp_path / "mine")
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+    with pytest.raises(ValueError, match="no projection head"): export_sentence_transformers(small_model(tokenizer, "cls"), tmp_path / "none")
+    assert {p.name for p in tmp_path.iterdir()} == {"mine"}
 
 
 @pytest.mark.parametrize("layers,dtype,atol", [(1, torch.float32, 3e-3), (3, torch.float32, 3e-3), (2, torch.bfloat16, 3e-2)])
