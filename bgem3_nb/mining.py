@@ -59,21 +59,24 @@ def _bits(threshold):
 def _values(bits): return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 def _rising(bits): return bits ^ (bits >> 15 & np.int16(0x7fff))   # integers in the order of the numbers; its own inverse
 
-# %% ../nbs/24_mining.ipynb #f2b04ae0
+# %% ../nbs/24_mining.ipynb #d0377ab7
 QUERIES, PASSAGES = 512, 2048   # the sides of a block of the product
 
 def _above(s, bits):
     "All entries of `s` (n, m) that reach their row's threshold: how many in each row, and row by row their columns and bits."
-    at = np.flatnonzero(s >= bits[:, None])
+    hit = (s >= bits[:, None]).ravel()
+    if hit.size % 8: at = np.flatnonzero(hit)
+    else:                                              # most have no hit among eight: look at eight as one number first
+        eight = hit.view(np.uint64); some = np.flatnonzero(eight != 0)
+        one = np.flatnonzero(eight[some].view(bool)); at = some[one >> 3] * 8 + (one & 7)
     row = at // s.shape[1]
     return np.bincount(row, minlength=len(s)), (at - row * s.shape[1]).astype(np.int32), s.ravel()[at]
 
-def _kth(bits, count, k):
-    "The k-th best of each row of a ragged array of rounded scores, (n,) float32, -inf where there are fewer."
-    table = np.full((len(count), max(k, int(count.max(initial=0)))), -32768, np.int16)
-    table[np.arange(table.shape[1]) < count[:, None]] = _rising(bits)
-    table.partition(table.shape[1] - k, axis=1)
-    return np.where(count >= k, _values(_rising(np.ascontiguousarray(table[:, -k]))), np.float32(-np.inf))
+def _kth(rising, k):
+    "The k-th best of each row of `_rising` scores (n, m), which are put in another order; (n,) float32, -inf where there are fewer."
+    rising.partition(rising.shape[1] - k, axis=1)
+    best = np.ascontiguousarray(rising[:, -k])
+    return np.where(best > -32768, _values(_rising(best)), np.float32(-np.inf))
 
 # %% ../nbs/24_mining.ipynb #3f5af1b4
 def _dense(corpus, rows, check=False):
@@ -117,7 +120,7 @@ def _error(q, low, largest, centre):
     sums = q.shape[1] * 2.**-23 * (rounded * p_rounded + norm * (3 * p_norm + 2 * centre.norm().item()))
     return ((lost * p_norm + rounded * p_lost + sums) * 1.001).astype(np.float32)
 
-# %% ../nbs/24_mining.ipynb #07b3f47a
+# %% ../nbs/24_mining.ipynb #29640bfb
 class _Proposals:
     "The passages that can be among the best k of each of n queries, block by block."
     def __init__(self, low, e, k, guess=None):
@@ -130,7 +133,7 @@ class _Proposals:
         for a in range(0, len(self.low), QUERIES):
             rows = slice(a, a + QUERIES)
             s = (self.low[rows] @ low.T).bfloat16().view(torch.int16).numpy()
-            if not self.guessed and len(low) >= self.k: self.t[rows] = np.maximum(self.t[rows], _kth(s.ravel(), np.full(len(s), len(low)), self.k))
+            if not self.guessed and len(low) >= self.k: self.t[rows] = np.maximum(self.t[rows], _kth(_rising(s), self.k))
             bits = _bits(_threshold(self.t[rows], self.e[rows])); bits[self.crowded[rows]] = 32767
             count, col, b = _above(s, bits)
             self.held[rows] += count
@@ -140,16 +143,17 @@ class _Proposals:
 
     def shrink(self):
         "Put what was found in the order of rows and drop what is below the threshold by now; the k-th best of each row."
-        total = self.held.sum(); col, b, place = np.empty(total, np.int32), np.empty(total, np.int16), np.cumsum(self.held) - self.held
-        for a, count, c, bits in self.found:                                       # each part is in the order of rows already
+        n, width = len(self.held), max(self.k, int(self.held.max()))
+        rising, place, kept = np.full(n * width, -32768, np.int16), np.arange(n) * width, []
+        for a, count, _, bits in self.found:                                       # each part is in the order of rows
             here = place[a:a + len(count)]
-            to = np.repeat(here - np.cumsum(count) + count, count) + np.arange(len(c))
-            col[to], b[to] = c, bits; here += count
-        best = _kth(b, self.held, self.k)
-        keep = _values(b) >= np.repeat(_threshold(best, self.e), self.held)
-        ends = np.cumsum(self.held); kept = np.append(0, np.cumsum(keep))
-        self.held = kept[ends] - kept[ends - self.held]
-        self.found = [(0, self.held, col[keep], b[keep])]
+            rising[np.repeat(here - np.cumsum(count) + count, count) + np.arange(len(bits))] = _rising(bits); here += count
+        best = _kth(rising.reshape(n, width), self.k); limit = _threshold(best, self.e)
+        for a, count, col, bits in self.found:
+            row = np.repeat(np.arange(a, a + len(count), dtype=np.uint16), count); keep = _values(bits) >= limit[row]     # few queries: 16 bits sort fastest
+            kept.append((row[keep], col[keep], bits[keep]))
+        row, col, bits = map(np.concatenate, zip(*kept)); order = np.argsort(row, kind="stable")
+        self.held = np.bincount(row, minlength=n); self.found = [(0, self.held, col[order], bits[order])]
         return best
 
     def result(self):
@@ -203,7 +207,7 @@ def _checked(queries, corpus, k, outputs):
         if a != b: raise ValueError(f"{name}: {a} columns in the queries and {b} in the corpus; they are not of the same model")
     return min(k, len(corpus))
 
-# %% ../nbs/24_mining.ipynb #c38d2ae3
+# %% ../nbs/24_mining.ipynb #d7509def
 SAMPLE = 4096   # passages on which the thresholds are guessed
 
 def top_dense(
@@ -227,7 +231,7 @@ def top_dense(
         scores[rows], passages[rows], failed = _search(q, corpus, k, centre, dtype, largest, first)
         again.append(rows[failed]); bar.update(len(rows) - int(failed.sum()))
 
-    size = max(1, min(-(-n // torch.get_num_threads()), int(np.clip(2**18 // k, 256, 1024))))
+    size = max(1, min(-(-n // torch.get_num_threads()), int(np.clip(2**17 // k, 256, 1024))))
     with tqdm(total=n, desc="search", unit="query", disable=not progress) as bar, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support")
         on_cores(work, [np.arange(a, min(a + size, n)) for a in range(0, n, size)])
@@ -253,7 +257,7 @@ def _top_mixed(queries, corpus, k, weights, progress):
         best = _best(row[order], col[order], s.ravel()[order], n, min(k, len(row) // max(n, 1)))
     return Candidates(*best, "+".join(weights))
 
-# %% ../nbs/24_mining.ipynb #4db1b988
+# %% ../nbs/24_mining.ipynb #d0924cec
 def scores_of(
     queries: Embeddings,         # n texts
     corpus,                      # `Embeddings` or a store
@@ -264,8 +268,8 @@ def scores_of(
     "Scores of given pairs, computed anew."
     weights, out = {m: w for m, w in named_weights(weights).items() if w}, np.zeros(len(i), np.float32)
     order = np.argsort(j, kind="stable")
-    for at in range(0, len(order), 16384):
-        here = order[at:at + 16384]; seen, column = np.unique(j[here], return_inverse=True)
+    for at in range(0, len(order), 2048):
+        here = order[at:at + 2048]; seen, column = np.unique(j[here], return_inverse=True)
         part = pair_scores(_part(queries, slice(None), tuple(weights)), _part(corpus, seen, tuple(weights)), i[here], column)
         out[here] = fuse(part, weights)
     return out
@@ -364,7 +368,7 @@ def read_run(
     row, col, s = (np.array(x) for x in zip(*sorted(set(lines)))); most = int(np.bincount(row).max())
     return Candidates(*_best(row, col.astype(np.int64), s.astype(np.float32), len(q), min(k or most, most)), f"run {fields[5]}")
 
-# %% ../nbs/24_mining.ipynb #bef7aff3
+# %% ../nbs/24_mining.ipynb #3a19375c
 def corpus_set(
     rows: Dataset,                       # of the row schema
     passages: list[str] | None = None,   # the corpus; None: the passages of the rows
@@ -377,18 +381,19 @@ def corpus_set(
     if passage_ids is not None and len(passage_ids) != len(passages): raise ValueError(f"{len(passage_ids)} ids for {len(passages)} passages")
     passages, ids = list(passages), list(passage_ids or (f"p{i}" for i in range(len(passages))))
     table = rows.with_format("arrow")[:]
-    positives, owner = [[fold(p) for p in texts] for texts in table["pos"].to_pylist()], {}
+    pos, owner = table["pos"].combine_chunks(), {}
     queries, query_ids, domains = (table[c].to_pylist() for c in ("query", "query_id", "domain"))
     of = [owner.setdefault(fold(q), i) for i, q in enumerate(queries)]                 # the first row with this query
-    places = {p: [] for texts in positives for p in texts}
+    row, positives = np.repeat(np.arange(len(pos)), pos.value_lengths()).tolist(), [fold(p) for p in pos.flatten().to_pylist()]
+    wanted, places = set(positives), {}
     for i, text in enumerate(passages):
-        if (key := fold(text)) in places: places[key].append(i)
-    absent = [(i, p) for i, texts in enumerate(positives) for p in texts if not places[p]]
+        if (key := fold(text)) in wanted: places.setdefault(key, []).append(i)
+    absent = [(i, p) for i, p in zip(row, positives) if p not in places]
     if absent and missing == "error":
         raise ValueError(f"{len(absent)} positives are not in the corpus, the first is that of row {absent[0][0] + 1}: {absent[0][1][:60]!r}; add them, or say missing='add'")
-    for p in dict.fromkeys(p for _, p in absent): places[p].append(len(passages)); passages.append(p); ids.append(f"added {len(passages)}")
+    for p in dict.fromkeys(p for _, p in absent): places[p] = [len(passages)]; passages.append(p); ids.append(f"added {len(passages)}")
     relevant = {i: set() for i in of}
-    for i, texts in zip(of, positives): relevant[i].update(at for p in texts for at in places[p])
+    for i, p in zip(row, positives): relevant[of[i]].update(places[p])
     return RetrievalSet([queries[i] for i in relevant], [query_ids[i] or f"q{n}" for n, i in enumerate(relevant)], passages, ids,
                         list(relevant.values()), dict(zip(ids, range(len(ids)))), [domains[i] for i in relevant])
 
@@ -512,7 +517,7 @@ def _at_random(found, keys, most, known, m, seed):
     pairs, first = np.unique((row * m + p)[ok], return_index=True)              # each once, where it came first
     return pairs // m, pairs % m, first.astype(np.uint64) << np.uint64(16)
 
-# %% ../nbs/24_mining.ipynb #f897dbc2
+# %% ../nbs/24_mining.ipynb #0b51cedb
 def _draw_part(part, most, found, keys, known, first, m, score, low, limit, seed, order):
     "At most so many pairs of each query from one part, by lot; and how many were out of bounds."
     if part in ("random", "top-up"):
@@ -522,7 +527,7 @@ def _draw_part(part, most, found, keys, known, first, m, score, low, limit, seed
     ok = (s <= limit[row]) & (s >= (-np.inf if low is None else low))
     by_lot = np.flatnonzero(ok)
     by_lot = by_lot[np.argsort(row[by_lot].astype(np.uint64) << np.uint64(48) | lot[by_lot] >> np.uint64(16))]     # 48 bits of a lot are enough
-    row_ = row[by_lot]; turn = np.arange(len(row_)) - np.searchsorted(row_, row_)
+    row_ = row[by_lot]; count = np.bincount(row_); turn = np.arange(len(row_)) - (np.cumsum(count) - count)[row_]
     kept, turn = by_lot[turn < most], turn[turn < most]
     return pd.DataFrame({"query": row[kept] + first, "passage": p[kept], "rank": rank[kept], "score": s[kept], "part": part, "turn": turn}), int((~ok).sum())
 
