@@ -410,15 +410,18 @@ def cached_backward(
             if getattr(o, n) is not None: setattr(o, n, getattr(o, n).detach().requires_grad_())
     with torch.enable_grad(): loss = loss_of(outputs)
     loss.backward()
-    after = torch.get_rng_state()
-    for i, (chunk, o, (cpu, gpu)) in enumerate(zip(chunks, outputs, states)):
+    grads = [{n: getattr(o, n).grad for n in PARTS if getattr(o, n) is not None} for o in outputs]
+    outputs.clear(); after = torch.get_rng_state()
+    order = sorted(range(len(chunks)), key=lambda i: -chunks[i]["input_ids"].shape[1])      # the longest first: what they leave has room for the others
+    for i in order:
+        cpu, gpu = states[i]
         torch.set_rng_state(cpu)
         if gpu is not None: torch.cuda.set_rng_state(gpu)
-        with last() if i < len(chunks) - 1 else nullcontext():
-            again = forward(chunk)
-            pairs = [(getattr(again, n), getattr(o, n)) for n in PARTS if getattr(o, n) is not None and getattr(again, n).requires_grad]
-            torch.autograd.backward([a for a, _ in pairs], [torch.zeros_like(b) if b.grad is None else b.grad for _, b in pairs])
-        outputs[i] = None
+        with last() if i != order[-1] else nullcontext():
+            again = forward(chunks[i])
+            pairs = [(getattr(again, n), g) for n, g in grads[i].items() if getattr(again, n).requires_grad]
+            torch.autograd.backward([a for a, _ in pairs], [torch.zeros_like(a) if g is None else g for a, g in pairs])
+        grads[i] = None
     torch.set_rng_state(after)
     return loss.detach()
 
