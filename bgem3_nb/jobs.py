@@ -281,7 +281,7 @@ def _kernel_class(progress, started):
     class SameInterpreter(base):
         kernel_spec = property(lambda self: spec)
         async def start_kernel(self, **kw):
-            self.noise = TemporaryFile()   # what the process itself writes to stderr, as when it is shut down; shown if the job fails
+            self.noise = TemporaryFile()   # what the process itself writes to stderr, as when it is shut down; shown if it dies
             started.append(self)
             return await super().start_kernel(**kw, stderr=self.noise)
     return SameInterpreter
@@ -385,12 +385,12 @@ def _run_cells(plan, running, progress):
                 number = came[0] if came else signal.SIGINT
                 return 128 + number, f"was stopped by {signal.Signals(number).name}"
             if not isinstance(e, Exception): raise
-            for kernel in started:
-                kernel.noise.seek(0)
-                print(kernel.noise.read().decode(errors="replace"), end="", file=sys.stderr)
             if isinstance(e, papermill.PapermillExecutionError):
                 first, *more = f"{e.ename}: {e.evalue}".strip().splitlines()
                 return 1, f"failed: {first}{' ...' if more else ''}"
+            for kernel in started:
+                kernel.noise.seek(0)
+                print(kernel.noise.read().decode(errors="replace"), end="", file=sys.stderr)
             return 1, f"failed: the kernel is gone: {e} (out of memory?)" if "Dead" in type(e).__name__ else f"failed: {e}"
 
 # %% ../nbs/41_jobs.ipynb #27f3accc
