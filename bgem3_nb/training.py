@@ -412,13 +412,11 @@ def cached_backward(
     loss.backward()
     grads = [{n: getattr(o, n).grad for n in PARTS if getattr(o, n) is not None} for o in outputs]
     outputs.clear(); after = torch.get_rng_state()
-    order = sorted(range(len(chunks)), key=lambda i: -chunks[i]["input_ids"].shape[1])      # the longest first: what they leave has room for the others
-    for i in order:
-        cpu, gpu = states[i]
+    for i, (chunk, (cpu, gpu)) in enumerate(zip(chunks, states)):
         torch.set_rng_state(cpu)
         if gpu is not None: torch.cuda.set_rng_state(gpu)
-        with last() if i != order[-1] else nullcontext():
-            again = forward(chunks[i])
+        with last() if i < len(chunks) - 1 else nullcontext():
+            again = forward(chunk)
             pairs = [(getattr(again, n), g) for n, g in grads[i].items() if getattr(again, n).requires_grad]
             torch.autograd.backward([a for a, _ in pairs], [torch.zeros_like(a) if g is None else g for a, g in pairs])
         grads[i] = None
