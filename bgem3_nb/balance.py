@@ -8,7 +8,6 @@ __all__ = ['identify_languages', 'fill_languages', 'Analysis', 'analyse', 'Balan
 # %% ../nbs/23_balance.ipynb #a832e72a
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from datasets import Dataset
 from scipy.optimize import LinearConstraint, linprog, milp
 from tqdm.auto import tqdm
 
-from .rows import LABELS, SCHEMA, row_batches, rows_from
+from .rows import LABELS, SCHEMA, replacing, row_batches, rows_from
 
 # %% ../nbs/23_balance.ipynb #fe19da06
 LETTER = re.compile(r"[^\W\d_]")
@@ -86,14 +85,6 @@ def _value_counts(values):
     "Value -> number, the most frequent first; equal numbers in alphabetical order."
     pairs = pc.value_counts(pa.chunked_array(values) if isinstance(values, pa.Array) else values).to_pylist()
     return {p["values"]: p["counts"] for p in sorted(pairs, key=lambda p: (-p["counts"], p["values"]))}
-
-def _write_text(path, text):
-    "Writes a text file atomically."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try: temporary.write_text(text, encoding="utf-8"); os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-    return path
 
 # %% ../nbs/23_balance.ipynb #9d6a2799
 @dataclass(repr=False)
@@ -360,10 +351,10 @@ class BalanceReport:
 
     def save(self, folder: str | Path, name: str = "balance") -> list[Path]:
         "Writes `name_stats.json` and `name.png` into the folder."
-        folder = Path(folder); stats = _write_text(folder / f"{name}_stats.json", json.dumps(self.to_dict(), ensure_ascii=False, indent=2) + "\n")
-        temporary = folder / f".{name}.{os.getpid()}.tmp.png"
-        self.plot().savefig(temporary); os.replace(temporary, folder / f"{name}.png")
-        return [stats, folder / f"{name}.png"]
+        stats, figure = Path(folder) / f"{name}_stats.json", Path(folder) / f"{name}.png"
+        with replacing(stats) as temporary: temporary.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        with replacing(figure) as temporary: self.plot().savefig(temporary, format="png")
+        return [stats, figure]
 
     def __repr__(self): return "\n".join(self.statements + [self.table().to_string(index=False)])
 

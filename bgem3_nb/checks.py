@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -29,7 +30,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from .balance import identify_languages
-from .rows import LABELS, Rejected, fold, read_rows
+from .rows import LABELS, Rejected, fold, read_rows, replacing
 
 # %% ../nbs/26_checks.ipynb #e23397c1
 REJECT = ("duplicate_row", "positive_is_negative", "contradiction", "query_leak")   # kinds that leave unless said otherwise
@@ -400,13 +401,6 @@ def _page(report):
     return (f"<!doctype html><meta charset='utf-8'><title>Checks</title><body style='{style}'><h1>Checks</h1>{report._repr_html_()}"
             f"<img src='checks.png' style='max-width:100%'>{report.classes.to_html(index=False, formatters={'share': '{:.1%}'.format})}")
 
-def _put(path, write):
-    "Writes a file atomically; `write` takes the temporary path."
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try: write(temporary); os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-    return path
-
 # %% ../nbs/26_checks.ipynb #7a75ed79
 @dataclass(repr=False)
 class CheckReport:
@@ -461,12 +455,13 @@ class CheckReport:
 
     def save(self, folder: str | Path) -> list[Path]:
         "Writes `checks.json`, `findings.jsonl`, `checks.png` and `checks.html`, each whole or not at all."
-        (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
-        def lines(path):
-            with open(path, "w", encoding="utf-8") as f: f.writelines(json.dumps(finding, ensure_ascii=False) + "\n" for finding in self.findings())
-        return [_put(folder / "checks.json", lambda p: p.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")),
-                _put(folder / "findings.jsonl", lines), _put(folder / "checks.png", lambda p: self.plot().savefig(p)),
-                _put(folder / "checks.html", lambda p: p.write_text(_page(self), encoding="utf-8"))]
+        files = [Path(folder) / name for name in ("checks.json", "findings.jsonl", "checks.png", "checks.html")]
+        with ExitStack() as stack:
+            about, findings, figure, page = (stack.enter_context(replacing(file)) for file in files)
+            about.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            with open(findings, "w", encoding="utf-8") as f: f.writelines(json.dumps(finding, ensure_ascii=False) + "\n" for finding in self.findings())
+            self.plot().savefig(figure, format="png"); page.write_text(_page(self), encoding="utf-8")
+        return files
 
     def __repr__(self): return "\n".join([f"{sum(self.parts.values()):,} rows in {', '.join(self.parts)}", *self.warnings])
 

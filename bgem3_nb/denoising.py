@@ -9,7 +9,6 @@ __all__ = ['TONES', 'REVIEW', 'score', 'margin', 'ratio', 'relative', 'words_of'
 
 # %% ../nbs/25_denoising.ipynb #cf12e039
 import csv
-import os
 import re
 import unicodedata
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from scipy.sparse import csr_matrix
 
 from .documents import text_key
 from .mining import Bounds, Draw, scores_of
-from .rows import PARALLEL, RetrievalSet, RowError, fold, make_rows
+from .rows import PARALLEL, RetrievalSet, RowError, fold, make_rows, replacing
 
 # %% ../nbs/25_denoising.ipynb #aab7035b
 def score(pairs: pd.DataFrame) -> np.ndarray:
@@ -291,15 +290,12 @@ def write_review(
 ) -> int:                    # how many were written
     "Borderline pairs for a person to label."
     r = ratio(drawn.pairs); at = np.flatnonzero((r >= low) & (r < high))
-    at = at[np.argsort(-r[at], kind="stable")][:most]; path = Path(path); temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8-sig", newline="") as f:
-            out = csv.writer(f); out.writerow(REVIEW)
-            for i, p in zip(at, drawn.pairs.iloc[at].itertuples()):
-                positive = next(iter(sorted(data.qrels[p.query])), None)
-                out.writerow([data.queries[p.query], "" if positive is None else data.passages[positive], data.passages[p.passage], round(p.score, 4), round(p.pos_score, 4), round(r[i], 4), p.reason, ""])
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    at = at[np.argsort(-r[at], kind="stable")][:most]
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8-sig", newline="") as f:
+        out = csv.writer(f); out.writerow(REVIEW)
+        for i, p in zip(at, drawn.pairs.iloc[at].itertuples()):
+            positive = next(iter(sorted(data.qrels[p.query])), None)
+            out.writerow([data.queries[p.query], "" if positive is None else data.passages[positive], data.passages[p.passage], round(p.score, 4), round(p.pos_score, 4), round(r[i], 4), p.reason, ""])
     return len(at)
 
 def read_review(

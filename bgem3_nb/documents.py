@@ -30,7 +30,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from .granularity import HEADING, NUMBER, sentence_spans, stripped
-from .rows import to_nfc
+from .rows import replacing, to_nfc
 
 # %% ../nbs/21_documents.ipynb #b77d88b6
 ARABIC = "\u0600-\u06ff\u0750-\u077f\u0870-\u08ff\ufb50-\ufdff\ufe70-\ufefc"
@@ -662,12 +662,7 @@ def write_chunks(
     path: str | Path,     # a .jsonl file
 ) -> None:
     "Writes one JSON object a line; the file is whole or not there."
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text("".join(json.dumps(asdict(c), ensure_ascii=False) + "\n" for c in chunks), encoding="utf-8")
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary: temporary.write_text("".join(json.dumps(asdict(c), ensure_ascii=False) + "\n" for c in chunks), encoding="utf-8")
 
 def read_chunks(
     path: str | Path,     # written by `write_chunks`

@@ -26,7 +26,7 @@ from datasets import Dataset
 
 from .rows import (ALIASES, CHECKS, LABELS, READERS, SCHEMA, TEXT, Rejected, RetrievalSet, RowError, _check_batch, _check_rows, _column,
                            _each, _ids, _is_text, _lengths, _lists, _Names, _not_blank, _Odd, _Passages, _readable, _texts, fold, merge_queries,
-                           read_batches, retrieval_set, row_batches, rows_from, write_rows)
+                           read_batches, replacing, retrieval_set, row_batches, rows_from, write_rows)
 
 # %% ../nbs/27_formats.ipynb #bb78f297
 @dataclass
@@ -616,18 +616,11 @@ def _lost(rows, kept):
     lost = _used(rows, [n for n in SCHEMA.names if n not in kept])
     return [f"the format has no place for {', '.join(lost)}"] if lost else []
 
-def _atomic(path, write):
-    "Calls `write` with a temporary name and renames what it wrote."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try: write(temporary); os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-
 def _write_records(records, columns, path):
     "Writes dicts with these columns as .jsonl, .csv, .tsv or .parquet."
     ending = Path(path).suffix.lower()
     if ending not in (".jsonl", ".csv", ".tsv", ".parquet"): raise RowError(f"unknown format '{ending}'; it must be one of .jsonl, .csv, .tsv, .parquet", path)
-    def write(temporary):
+    with replacing(path) as temporary:
         if ending == ".parquet": return _write_table(records, columns, temporary)
         with open(temporary, "w", encoding="utf-8", newline="\n" if ending == ".jsonl" else "") as f:
             if ending == ".jsonl": f.writelines(json.dumps({c: r[c] for c in columns if r.get(c, "") != ""}, ensure_ascii=False) + "\n" for r in records)
@@ -635,7 +628,6 @@ def _write_records(records, columns, path):
                 table = csv.writer(f, delimiter="," if ending == ".csv" else "\t", lineterminator="\n")
                 table.writerow(columns); table.writerows([r.get(c, "") for c in columns] for r in records)
             f.flush(); os.fsync(f.fileno())
-    _atomic(path, write)
 
 def _write_table(records, columns, path):
     schema, records = pa.schema({c: TEXT for c in columns}), iter(records)
@@ -740,7 +732,8 @@ def _save_company(c, path):
         for text, kind, score in zip(r["neg"], kinds, scores):
             if kind != ["random"]: yield {"query": r["query"], "positive": r["pos"][0], "hard_negative": text, "negative_score": score, "negative_type": ", ".join(kind) if kind != ["hard"] else ""}
     _write_records((n for r in _each(c.rows) for n in negatives(r)), [*NEGATIVES], path/"hard_negatives.jsonl")
-    if c.corpus is not None: _atomic(path/"document_metadata.json", lambda t: t.write_text(json.dumps(_as_documents(c.corpus), ensure_ascii=False, indent=1), encoding="utf-8"))
+    if c.corpus is not None:
+        with replacing(path/"document_metadata.json") as temporary: temporary.write_text(json.dumps(_as_documents(c.corpus), ensure_ascii=False, indent=1), encoding="utf-8")
     if c.qrels is not None:
         text, query = ({r["id"]: r["text"] for r in _each(part, ["id", "text"])} for part in (c.corpus, c.queries))
         _write_records(({"query": query[r["query_id"]], "positive": text[r["corpus_id"]], "chunk_id": r["corpus_id"]} for r in _each(c.qrels) if r["score"] > 0), [*EVAL], path/"eval_pairs.jsonl")
@@ -765,11 +758,9 @@ def _save_rental(c, path):
             items = [{"text": t, "type": k, "weight": w} for t, k, w in zip(r["neg"], r["neg_types"] or [[]] * n, r["neg_weights"] or [0] * n)]
             for p in r["pos"]: yield {"query": r["query"], "pos": p, "hard_neg": items, **{k: r[k] for k in kept}}
     kept, lines = _used(c.rows, SCALARS), Path(path).suffix.lower() == ".jsonl"
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as f:
-            for i, r in enumerate(records()): f.write(("" if lines else ",\n" if i else "[\n") + json.dumps(r, ensure_ascii=False) + "\n" * lines)
-            f.write("" if lines else "\n]\n" if len(c.rows) else "[]\n"); f.flush(); os.fsync(f.fileno())
-    _atomic(path, write)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        for i, r in enumerate(records()): f.write(("" if lines else ",\n" if i else "[\n") + json.dumps(r, ensure_ascii=False) + "\n" * lines)
+        f.write("" if lines else "\n]\n" if len(c.rows) else "[]\n"); f.flush(); os.fsync(f.fileno())
     return _lost(c.rows, ("query", "pos", "neg", "neg_types", "neg_weights", *SCALARS))
 
 # %% ../nbs/27_formats.ipynb #67e577f6

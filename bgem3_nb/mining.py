@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'MIXES', 'Candidates', 'top_dense', 'scores_of', 'rescore', 'search_candidates', 'bm25_candidates',
-           'index_candidates', 'read_run', 'corpus_set', 'plain_words', 'known_positives', 'parts_of', 'Bounds', 'Draw',
-           'draw', 'take', 'mined_rows', 'mine', 'MineBetweenEpochs', 'hardest_in_batch']
+           'index_candidates', 'read_run', 'corpus_set', 'plain_words', 'known_positives', 'parts_of', 'search_depth',
+           'Bounds', 'Draw', 'draw', 'take', 'mined_rows', 'mine', 'MineBetweenEpochs', 'hardest_in_batch']
 
 # %% ../nbs/24_mining.ipynb #354e26fb
 import re
@@ -446,6 +446,15 @@ def parts_of(
     for part in sorted(exact, key=lambda part: whole[part] - exact[part])[:n - sum(whole.values())]: whole[part] += 1
     return whole
 
+def search_depth(
+    mix: str | dict[str, float],   # as for `parts_of`
+    known: list[set[int]],         # as `known_positives` gives them
+    passages: int,                 # how many there are in the corpus
+) -> int:
+    "How many passages a search must give for each query: down to the last rank of the mix, beside as many known positives as may stand above it."
+    last = max((int(part.split("-")[1]) for part in parts_of(mix, 1) if part != "random"), default=0)
+    return min(last + max(map(len, known)), passages)
+
 # %% ../nbs/24_mining.ipynb #cc4fbcdc
 def _hashes(texts): return np.frombuffer(b"".join(blake2b(fold(t).encode("utf-8", "surrogatepass"), digest_size=8).digest() for t in texts), "<u8")
 
@@ -660,8 +669,7 @@ def mine(
     weights = {m: w for m, w in named_weights(weights).items() if w}; data = corpus_set(rows, corpus)
     q, p = encoder.encode_queries(data.queries, outputs=tuple(weights)), encoder.encode_passages(data.passages, outputs=tuple(weights))
     known = known_positives(data); score = lambda i, j: scores_of(q, p, i, j, weights)
-    deepest = max([int(part.split("-")[1]) for part in parts_of(mix, n) if part != "random"] or [0]) + max(map(len, known))
-    found = search_candidates(q, p, min(deepest, len(data.passages)), weights, progress=progress)
+    found = search_candidates(q, p, search_depth(mix, known, len(data.passages)), weights, progress=progress)
     drawn = draw(found, known, data.queries, len(data.passages), score, n, mix, **settings)
     if denoise is not None: denoise(drawn, data, q, p)
     chosen, counts = take(drawn)

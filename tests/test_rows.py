@@ -173,7 +173,7 @@ def test_killed_extraction_leaves_no_cache(tmp_path, monkeypatch):
     import bgem3_nb.sources as sources
     monkeypatch.setenv("BGEM3_NB_CACHE", str(tmp_path))
     monkeypatch.setattr(sources, "_read_index", lambda folder: [{"id": "1:1"}])
-    monkeypatch.setattr(sources.os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt): sources.quran_verses()
     assert list(tmp_path.iterdir()) == []
 
