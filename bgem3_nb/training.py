@@ -7,12 +7,13 @@ __all__ = ['MODE_PHRASES', 'PARTS', 'SETTINGS_FILE', 'ADAPTER_FILE', 'M3Training
            'TrainingRows', 'BatchOrder', 'BatchLabels', 'M3Collator', 'label_matrices', 'freeze', 'parameter_groups',
            'add_lora', 'merge_lora', 'adapters', 'token_states', 'head_weights', 'warm_up_lexical', 'share_outputs',
            'share_labels', 'cached_backward', 'run_settings', 'last_checkpoint', 'finished', 'check_settings',
-           'check_space', 'PrintLog', 'Watch', 'M3Trainer', 'search_scores', 'load_weights', 'plot_training']
+           'check_space', 'PrintLog', 'Watch', 'M3Trainer', 'search_scores', 'load_weights', 'plot_training',
+           'free_memory']
 
 # %% ../nbs/12_training.ipynb #089c3a55
-import hashlib, json, os, random, re, shutil, time
+import ctypes, gc, hashlib, json, os, random, re, shutil, time
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -679,3 +680,10 @@ def plot_training(
     if evals: axes[0, 1].set(xlabel="step", ylabel=metric, title="validation")
     fig.tight_layout()
     return fig
+
+# %% ../nbs/12_training.ipynb #1f93de37
+def free_memory():
+    "Give back the memory of trainers that are no longer used: circles of objects, the GPU's cache, and on Linux the C library's free pages."
+    gc.collect()
+    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    with suppress(AttributeError, OSError, TypeError): ctypes.CDLL(None).malloc_trim(0)     # glibc only
