@@ -100,6 +100,7 @@ def test_other_errors_are_shown_as_they_are(encoder):
     finally: encoder.model.multi_head = whole
     assert encoder.batch_tokens == budget and torch.get_num_threads() >= 1
     assert not out_of_memory(RuntimeError("CUDA error: device-side assert triggered")) and out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert out_of_memory(RuntimeError("could not create a primitive"))     # what oneDNN says when it gets no memory
     assert len(encoder.encode(["a", "b"])) == 2
 
 
