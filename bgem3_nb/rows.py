@@ -299,10 +299,9 @@ class Rejected:
         append: bool = False,  # add to a file that is there, instead of replacing it
     ):
         self.path, self.append, self.count, self.reasons, self._file = Path(path), append, 0, Counter(), None
-        self._place = replacing(self.path)
 
     def __enter__(self):
-        temporary = self._place.__enter__()
+        self._place = replacing(self.path); temporary = self._place.__enter__()
         if self.append and self.path.is_file(): shutil.copyfile(self.path, temporary)
         self._file = open(temporary, "a" if self.append else "w", encoding="utf-8", errors="backslashreplace", newline="\n")
         return self
