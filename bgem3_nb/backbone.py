@@ -450,5 +450,4 @@ class PackedEncoder:
         return h
 
 # %% ../nbs/00_backbone.ipynb #f3a5858b
-os.environ.setdefault("LRU_CACHE_CAPACITY", "64")               # products that torch keeps for oneDNN
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # those that oneDNN keeps itself
+os.environ.update({"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"} | os.environ)   # products kept by torch and by oneDNN; what is set stays
