@@ -29,7 +29,7 @@ from transformers import TrainerCallback
 from .backbone import pick_dtype
 from .documents import text_key
 from .encoding import Embeddings, M3Encoder
-from .rows import SCHEMA, RetrievalSet, RowError, fold, make_rows, retrieval_set
+from .rows import SCHEMA, RetrievalSet, RowError, fold, make_rows, retrieval_set, rows_from
 from .scoring import all_scores, fuse, named_weights, on_cores, pair_scores
 
 # %% ../nbs/24_mining.ipynb #1499a997
@@ -269,8 +269,9 @@ def scores_of(
     weights, out = {m: w for m, w in named_weights(weights).items() if w}, np.zeros(len(i), np.float32)
     order = np.argsort(j, kind="stable")
     for at in range(0, len(order), 2048):
-        here = order[at:at + 2048]; seen, column = np.unique(j[here], return_inverse=True)
-        part = pair_scores(_part(queries, slice(None), tuple(weights)), _part(corpus, seen, tuple(weights)), i[here], column)
+        here = order[at:at + 2048]
+        (asking, row), (seen, column) = (np.unique(numbers[here], return_inverse=True) for numbers in (i, j))
+        part = pair_scores(_part(queries, asking, tuple(weights)), _part(corpus, seen, tuple(weights)), row, column)
         out[here] = fuse(part, weights)
     return out
 
@@ -642,7 +643,7 @@ def mined_rows(
     for name, (flat, lengths) in new.items():
         column = pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(lengths)), pa.int32()), flat)
         table = table.set_column(table.schema.get_field_index(name), SCHEMA.field(name), column)
-    return Dataset(table)
+    return rows_from([table])
 
 def _place(
     data: RetrievalSet,

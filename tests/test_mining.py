@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -131,3 +132,13 @@ def test_rows_carry_fresh_scores_and_where_they_came_from():
         np.testing.assert_allclose(row["neg_scores"], [float(score(np.array([q]), np.array([data.passages.index(t)]))[0]) for t in row["neg"]], atol=1e-6)
         np.testing.assert_allclose(row["pos_scores"], [float(score(np.array([q]), np.array([data.passages.index(t)]))[0]) for t in row["pos"]], atol=1e-6)
     assert json.loads(json.dumps(out[0]))
+
+
+def test_scores_of_takes_only_what_the_pairs_name():
+    rng = np.random.default_rng(0)
+    q, p = (Embeddings(dense=rng.standard_normal((20_000, 256), np.float32)) for _ in range(2))
+    i, j = rng.integers(0, 20_000, (2, 3000))
+    scores_of(q, p, i, j)
+    tracemalloc.start(); scores = scores_of(q, p, i, j); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert np.allclose(scores, (q.dense[i] * p.dense[j]).sum(1), atol=1e-3)
+    assert peak < q.dense.nbytes / 2, peak
