@@ -43,7 +43,7 @@ def memory(field):
 def measure(n):
     "One size, in this process."
     from bgem3_nb.encoding import M3Encoder
-    from bgem3_nb.index import encode_corpus
+    from bgem3_nb.store import encode_corpus
     pool = list(clauses())
     encoder = M3Encoder.from_pretrained(MODEL, **({"new_heads": "identity"} if MODEL == "embedded" else {}), progress=False)
     Path("/proc/self/clear_refs").write_text("5")                    # the highest mark starts again from here

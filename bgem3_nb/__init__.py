@@ -5,7 +5,7 @@ __version__ = "0.0.1"
 _PUBLIC = {
     "M3Encoder": "encoding", "EncoderPool": "encoding", "Embeddings": "encoding",
     "explain": "scoring", "span_embeddings": "granularity",
-    "encode_corpus": "index", "EmbeddingStore": "index", "search": "index",
+    "encode_corpus": "store", "EmbeddingStore": "store", "search": "store",
     "M3Model": "model", "M3Config": "model",
     "ProjectionHead": "model", "M3WithHead": "projection", "export_sentence_transformers": "projection",
     "M3Trainer": "training", "M3TrainingArguments": "training",

@@ -1,4 +1,4 @@
-"""What the notebook 30_index cannot hold: kills, a second writer, a full disk, and many random searches."""
+"""What the notebook 30_store cannot hold: kills, a second writer, a full disk, and many random searches."""
 import os, signal, subprocess, sys, time
 
 import numpy as np
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
 
 from bgem3_nb.encoding import Embeddings, M3Encoder
-from bgem3_nb.index import EmbeddingStore, encode_corpus, search, shard_file
+from bgem3_nb.store import EmbeddingStore, encode_corpus, search, shard_file
 from bgem3_nb.model import M3Config, M3Model, init_heads
 from bgem3_nb.scoring import all_scores, fuse
 
@@ -59,7 +59,7 @@ import sys, time
 sys.path.insert(0, sys.argv[3])
 from test_store import TEXTS, SHARD
 from bgem3_nb.encoding import M3Encoder
-from bgem3_nb.index import encode_corpus
+from bgem3_nb.store import encode_corpus
 def slowly():
     for i, t in enumerate(TEXTS):
         if i % SHARD == 0: print(i, flush=True)
@@ -113,7 +113,7 @@ import resource, sys
 sys.path.insert(0, sys.argv[3])
 from test_store import TEXTS, SHARD
 from bgem3_nb.encoding import M3Encoder
-from bgem3_nb.index import encode_corpus
+from bgem3_nb.store import encode_corpus
 encoder = M3Encoder.from_pretrained(sys.argv[1], max_length=64, progress=False)
 def texts():
     for i, t in enumerate(TEXTS):
