@@ -105,7 +105,7 @@ class Document:
     def __repr__(self): return f"Document({self.id!r}, {self.title!r}, {len(self.text)} characters, {len(self.headings)} headings, {len(self.pages)} pages)"
 
 # %% ../nbs/21_documents.ipynb #848709db
-MARKS = re.compile(r"(?:\s*\[(?:\d+|[ivxlc]+)\])+$")    # of notes, behind a heading
+MARKS = re.compile(r"(?: ?\[(?:\d{1,4}|[ivxlc]{1,9})\]){1,9}$")    # of notes, behind a heading
 
 class Block(NamedTuple):
     "A piece of a file. A form feed in its text marks where a page begins."
@@ -326,31 +326,31 @@ def part_of(
 # %% ../nbs/21_documents.ipynb #a7150004
 def split_parts(blocks: Iterable[Block]) -> list[tuple[Block, Part | None]]:
     "Each heading of a part as a block of its own, its title joined to its number; all other text as it was."
-    out, top = [], True                             # `top`: before the first part
+    out, top = [], True                     # of each: lines, level, tight, part; `top`: before the first part
     for block in blocks:
-        fresh = True                                # a line begins a new block
+        begins = True                       # the next line begins a block
         for i, line in enumerate([block.text] if block.level else block.text.split("\n")):
             part = part_of(line, bool(block.level))
             if part: top = False
-            elif top and line.isupper() and len(line) < 200 and (law := LAW.fullmatch(line)):
+            elif top and len(line) < 200 and line.isupper() and LAW.fullmatch(line):
                 part = Part(0, len(line), True)
-            tight = block.tight if i == 0 else True
             if part:
-                out.append((Block(line[:part.end], block.level, i > 0), part))
-                fresh = not (rest := line[part.end:].strip())
-                if rest: out.append((Block(rest, tight=True), None))
-            elif fresh and out and out[-1][1] and is_title(line, block.level, *out[-1]):
-                head, before = out[-1]
-                out[-1] = (head._replace(text=f"{head.text.rstrip()} {line.strip()}"),
-                           before._replace(bare=line.isupper()))
-            elif fresh: out.append((Block(line, block.level, tight), None)); fresh = False
-            else: out[-1] = (out[-1][0]._replace(text=f"{out[-1][0].text}\n{line}"), None)
-    return out
+                out.append([[line[:part.end]], block.level, i > 0, part])
+                if rest := line[part.end:].strip(): out.append([[rest], 0, True, None])
+                begins = not rest
+            elif begins and out and out[-1][3] and is_title(line, block.level, *out[-1][1::2]):
+                out[-1][0] = [f"{out[-1][0][0].rstrip()} {line.strip()}"]
+                out[-1][3] = out[-1][3]._replace(bare=line.isupper())      # a title in capitals may go on
+            elif begins:
+                out.append([[line], block.level, block.tight or i > 0, None])
+                begins = False
+            else: out[-1][0].append(line)
+    return [(Block("\n".join(lines), level, tight), part) for lines, level, tight, part in out]
 
-def is_title(line: str, level: int, head: Block, part: Part) -> bool:
-    "Whether a line is the title of the part whose number stands on the line before."
-    if not part.bare or len(line) > 250 or re.search(r"[.;:,]\s*$", line): return False
-    return line.isupper() or 0 < level == head.level or part.rank == 0 and not level and line.strip() != ""
+def is_title(line: str, level: int, head: int, part: Part) -> bool:
+    "Whether a line is the title of the part whose number, a heading of level `head`, stands on the line before."
+    if not part.bare or not line.strip() or len(line) > 250 or re.search(r"[.;:,]\s*$", line): return False
+    return line.isupper() or 0 < level == head or part.rank == 0 and not level
 
 # %% ../nbs/21_documents.ipynb #a7150005
 KHOAN = ((r"(\d+)[.)]\s", 10, "Khoản"), (r"([a-zđ])[.)]\s", 11, "Điểm"))
@@ -1037,7 +1037,7 @@ class Chunk:
     id: str                # the document's id, `#`, and a hash of the text
     document_id: str
     title: str             # of the document
-    headings: list[str]    # those its first own sentence stands under, the highest first
+    headings: list[str]    # those its first own sentence stands under, the highest first, and the clause it continues
     page: int | None       # of its first character, from 1
     start: int             # characters in the document's text
     end: int
@@ -1048,7 +1048,7 @@ class Chunk:
     @property
     def in_context(self) -> str:
         "The text behind its title and headings, for a model that should know where it stands."
-        lines = set(self.text.split("\n"))
+        lines = {MARKS.sub("", line) for line in self.text.split("\n")}
         above = [h for h in dict.fromkeys([self.title, *self.headings]) if h not in lines]
         return " › ".join(above) + "\n" + self.text if above else self.text
 
