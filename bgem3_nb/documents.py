@@ -271,17 +271,20 @@ def read_text(path: Path) -> tuple[list[Block], dict]:
 # %% ../nbs/21_documents.ipynb #a7150002
 LAW_NAMES = ("HIẾN PHÁP|BỘ LUẬT|LUẬT|PHÁP LỆNH|NGHỊ ĐỊNH|NGHỊ QUYẾT|THÔNG TƯ|QUYẾT ĐỊNH|CHỈ THỊ|"
              "QUY CHẾ|QUY ĐỊNH|NỘI QUY|ĐIỀU LỆ")
-LAW = re.compile(rf"\s*(?:{LAW_NAMES})(?:\s+(?P<rest>.*\S))?\s*")
-THIS = re.compile(r"(?:này|trên|dưới|của|và)\b|(?:Phần|Chương|Mục|Điều|Bộ luật|Luật)\s+(?:này|trên)\b")
-ORDINALS = ("الأول الأولى الثاني الثانية الثالث الثالثة الرابع الرابعة الخامس الخامسة السادس السادسة "
-            "السابع السابعة الثامن الثامنة التاسع التاسعة العاشر العاشرة الحادي الحادية").split()
+LAW = re.compile(rf"\s*(?:{LAW_NAMES})(?!\s+CHUNG\b)(?:\s+.*)?")
+CONTENTS = re.compile(r"(?:\.{3}|…|\t)[.…\s]*\d+$")         # a line of a table of contents ends so
+THIS = re.compile(r"(?:này|trên|dưới|của|và)\b"                # "Điều 5 của", "Mục II. Chương này"
+                  r"|(?:Phần|Chương|Mục|Điều|Bộ luật|Luật)\s+(?:này|trên)\b")
+ORDINALS = ("الأول الأولى الثاني الثانية الثالث الثالثة الرابع الرابعة الخامس الخامسة "
+            "السادس السادسة السابع السابعة الثامن الثامنة التاسع التاسعة "
+            "العاشر العاشرة الحادي الحادية").split()
 
 def arabic_words(*words: str) -> str:
     "A pattern of the words with any vowel marks and tatweel between their letters."
     return "|".join("".join(c + "[\u064b-\u0652\u0670\u0640]*" for c in word) for word in words)
 
 def structure_pattern() -> re.Pattern:
-    "The beginning of a line that names a part; the group says its rank and whether it has a number."
+    "The beginning of a line that names a part; its group says the rank and n(umber) or b(are)."
     n = r"(?:\d+[a-zđ]?|[IVXLC]+|(?-i:[A-Z])|thứ\s+(?:mười\s+)?\w+)(?!\w)"
     nth = rf"\(?(?:[\d٠-٩]+|(?:{arabic_words(*ORDINALS)})(?:\s+عشرة?)?)(?!\w)\)?"
     named = [(1, rf"(?:Phần|Part|Phụ lục|Appendix)\s+{n}"),
@@ -290,7 +293,8 @@ def structure_pattern() -> re.Pattern:
              (5, rf"(?:{arabic_words('المادة', 'مادة', 'الحديث', 'حديث')})\s+(?:رقم\s+)?{nth}")]
     books = [(1, "كتاب"), (2, "باب"), (3, "فصل")]
     named += [(rank, rf"(?:{arabic_words('ال' + word)})\s+{nth}") for rank, word in books]
-    bare = [(rank, rf"(?:[\d٠-٩]+\s*[-–.)]\s*)?(?:{arabic_words(word)})(?=\s|$)") for rank, word in books]
+    bare = [(rank, rf"(?:[\d٠-٩]+\s*[-–.)]\s*)?(?:{arabic_words(word)})(?=\s|$)")
+            for rank, word in books]
     bare += [(1, r"(?:Phụ lục|Appendix)(?!\w)")]
     groups = [f"(?P<n{i}_{rank}>{pattern})" for i, (rank, pattern) in enumerate(named)]
     groups += [f"(?P<b{i}_{rank}>{pattern})" for i, (rank, pattern) in enumerate(bare)]
@@ -301,7 +305,7 @@ STRUCTURE = structure_pattern()
 # %% ../nbs/21_documents.ipynb #a7150003
 class Part(NamedTuple):
     "What a line says about the structure of a law or of a book."
-    rank: int    # 0 the law itself, 1 Phần, كتاب; 2 Chương, باب; 3 Mục, فصل; 4 Tiểu mục; 5 Điều, حديث
+    rank: int    # 0 the law; 1 Phần, كتاب; 2 Chương, باب; 3 Mục, فصل; 4 Tiểu mục; 5 Điều, حديث
     end: int     # of the heading in the line; the text of the part may follow on the same line
     bare: bool   # a number and no title yet: the next line may be the title
 
@@ -311,7 +315,8 @@ def part_of(
 ) -> Part | None:
     "The part that a line begins, or None."
     line = line.rstrip()
-    if (m := STRUCTURE.match(line)) is None or " | " in line: return None      # not in a table
+    if (m := STRUCTURE.match(line)) is None: return None
+    if " | " in line or CONTENTS.search(line): return None         # of a table, of contents
     rank, numbered = int(m.lastgroup[-1]), m.lastgroup[0] == "n"
     gap = re.match(r"[\s.:)\]–—-]*", line[m.end():])[0]
     title, ends = line[m.end() + len(gap):], re.search(r"[.;:…؛،]$", line)
@@ -325,8 +330,8 @@ def part_of(
 
 # %% ../nbs/21_documents.ipynb #a7150004
 def split_parts(blocks: Iterable[Block]) -> list[tuple[Block, Part | None]]:
-    "Each heading of a part as a block of its own, its title joined to its number; all other text as it was."
-    out, top = [], True                     # of each: lines, level, tight, part; `top`: before the first part
+    "Each heading of a part as a block of its own, with its title; all other text as it was."
+    out, top = [], True             # of each: lines, level, tight, part; `top`: above the parts
     for block in blocks:
         begins = True                       # the next line begins a block
         for i, line in enumerate([block.text] if block.level else block.text.split("\n")):
@@ -338,18 +343,19 @@ def split_parts(blocks: Iterable[Block]) -> list[tuple[Block, Part | None]]:
                 out.append([[line[:part.end]], block.level, i > 0, part])
                 if rest := line[part.end:].strip(): out.append([[rest], 0, True, None])
                 begins = not rest
-            elif begins and out and out[-1][3] and is_title(line, block.level, *out[-1][1::2]):
+            elif begins and out and is_title(line, block.level, *out[-1][1::2]):
                 out[-1][0] = [f"{out[-1][0][0].rstrip()} {line.strip()}"]
-                out[-1][3] = out[-1][3]._replace(bare=line.isupper())      # a title in capitals may go on
+                out[-1][3] = out[-1][3]._replace(bare=line.isupper())      # may go on
             elif begins:
                 out.append([[line], block.level, block.tight or i > 0, None])
                 begins = False
             else: out[-1][0].append(line)
     return [(Block("\n".join(lines), level, tight), part) for lines, level, tight, part in out]
 
-def is_title(line: str, level: int, head: int, part: Part) -> bool:
-    "Whether a line is the title of the part whose number, a heading of level `head`, stands on the line before."
-    if not part.bare or not line.strip() or len(line) > 250 or re.search(r"[.;:,]\s*$", line): return False
+def is_title(line: str, level: int, head: int, part: Part | None) -> bool:
+    "Whether a line is the title of the part before it, whose number is a heading of level `head`."
+    if part is None or not part.bare or not line.strip() or len(line) > 250: return False
+    if re.search(r"[.;:,]\s*$", line): return False
     return line.isupper() or 0 < level == head or part.rank == 0 and not level
 
 # %% ../nbs/21_documents.ipynb #a7150005
@@ -359,7 +365,7 @@ HADITH = ((r"([\d٠-٩]+)\s*[-–]\s", 10, "حديث"),)
 def structured(
     blocks: list[Block],   # of any format
 ) -> list[Block]:
-    "The blocks with a heading for every part of a law or of a book; other files come back as they are."
+    "The blocks with a heading for every part of a law or of a book; other blocks as they are."
     pieces = split_parts(blocks)
     ranks = sorted({part.rank for _, part in pieces if part})
     if not any(ranks): return blocks
@@ -418,13 +424,18 @@ def is_on(el, path: str) -> bool | None:
     value = value_at(el, path)
     return None if value is None else value not in ("0", "false", "off")
 
+def first_said(values):
+    "The first value that is not None."
+    return next((v for v in values if v is not None), None)
+
 class WordStyles:
     "What the styles of a Word file say."
     def __init__(self, root):   # of word/styles.xml, or None
         styles = [] if root is None else root.findall(W + "style")
         self.of = {s.get(W + "styleId"): s for s in styles}
-        self.default = next((s.get(W + "styleId") for s in styles if s.get(W + "default") in ("1", "true")
-                             and s.get(W + "type") == "paragraph"), None)
+        usual = [s.get(W + "styleId") for s in styles
+                 if s.get(W + "default") in ("1", "true") and s.get(W + "type") == "paragraph"]
+        self.default = next(iter(usual), None)
         self.base = [] if root is None else root.findall(f"{W}docDefaults/{W}rPrDefault")
 
     def chain(self, id: str | None) -> list:
@@ -441,15 +452,17 @@ class WordStyles:
 
     def run(self, run, p) -> list:
         "Where the look of a run may be said, the nearest first."
-        return [run, *self.chain(value_at(run, "rPr/rStyle")), *self.paragraph(p), *self.base]
+        own = [] if run is None else [run, *self.chain(value_at(run, "rPr/rStyle"))]
+        return [*own, *self.paragraph(p), *self.base]
 
-def first_said(values):
-    "The first value that is not None."
-    return next((v for v in values if v is not None), None)
+    def says(self, run, p, path: str) -> bool:
+        "Whether a switch is on for a run."
+        return bool(first_said(is_on(el, path) for el in self.run(run, p)))
 
 # %% ../nbs/21_documents.ipynb #a7150011
 LETTERS = {"lowerLetter": "abcdefghijklmnopqrstuvwxyz", "upperLetter": "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
-           "arabicAlpha": "أبتثجحخدذرزسشصضطظعغفقكلمنهوي", "arabicAbjad": "أبجدهوزحطيكلمنسعفصقرشتثخذضظغ"}
+           "arabicAlpha": "أبتثجحخدذرزسشصضطظعغفقكلمنهوي",
+           "arabicAbjad": "أبجدهوزحطيكلمنسعفصقرشتثخذضظغ"}
 ROMAN = tuple(zip((1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1),
                   "M CM D CD C XC L XL X IX V IV I".split()))
 
@@ -460,7 +473,8 @@ def word_number(
     "A number as Word prints it; decimal for a format that is not known here."
     if form in ("none", "bullet"): return ""
     if form == "decimalZero": return f"{n:02}"
-    if n > 0 and (letters := LETTERS.get(form)): return letters[(n - 1) % len(letters)]*min(1 + (n - 1)//len(letters), 9)
+    if n > 0 and (letters := LETTERS.get(form)):                   # a … z, aa … zz
+        return letters[(n - 1) % len(letters)]*min(1 + (n - 1)//len(letters), 9)
     if 0 < n < 4000 and form in ("upperRoman", "lowerRoman"):
         out = ""
         for size, sign in ROMAN: out, n = out + sign*(n//size), n % size
@@ -474,7 +488,8 @@ class WordNumbers:
         root,                 # of word/numbering.xml, or None
         styles: WordStyles,   # a style can carry a number
     ):
-        found = lambda tag, id: {} if root is None else {e.get(W + id): e for e in root.findall(W + tag)}
+        all_of = lambda tag: [] if root is None else root.findall(W + tag)
+        found = lambda tag, id: {e.get(W + id): e for e in all_of(tag)}
         self.nums, self.abstract = found("num", "numId"), found("abstractNum", "abstractNumId")
         self.styles, self.counts, self.begun = styles, {}, set()
 
@@ -486,8 +501,8 @@ class WordNumbers:
             linked = first_said(value_at(s, "pPr/numPr/numId") for s in self.styles.chain(link))
             if linked: return self.levels(linked, links - 1)
         own = {int(e.get(W + "ilvl")): e for e in abstract.findall(W + "lvl")}
-        changed = {int(e.get(W + "ilvl")): e for e in self.nums[num].findall(f"{W}lvlOverride/{W}lvl")}
-        return id, own | changed
+        changed = self.nums[num].findall(f"{W}lvlOverride/{W}lvl")
+        return id, own | {int(e.get(W + "ilvl")): e for e in changed}
 
     def place(self, p) -> tuple[str | None, int]:
         "The list of a paragraph and its level there, said by itself or by its style."
@@ -519,27 +534,32 @@ class WordNumbers:
         form = lambda k: value_at(levels.get(k), "numFmt") or "decimal"
         if form(i) == "bullet": return ""
         legal = is_on(levels[i], "isLgl")
-        shown = lambda m: word_number(counts.get(k := int(m[1]) - 1, begin(k)), "decimal" if legal else form(k))
+        def shown(m):
+            k = int(m[1]) - 1
+            return word_number(counts.get(k, begin(k)), "decimal" if legal else form(k))
         text = re.sub("%([1-9])", shown, value_at(levels[i], "lvlText") or "")
         return text + ("" if value_at(levels[i], "suff") == "nothing" or not text else " ")
 
 # %% ../nbs/21_documents.ipynb #a7150014
-SYMBOL = (" !∀#∃%&∍()*+,−./0123456789:;<=>?≅ΑΒΧΔΕΦΓΗΙϑΚΛΜΝΟΠΘΡΣΤΥςΩΞΨΖ[∴]⊥_‾αβχδεφγηιϕκλμνοπθρστυϖωξψζ{|}~"
-          + "\0"*33 + "€ϒ′≤⁄∞ƒ♣♦♥♠↔←↑→↓°±″≥×÷∂•÷≠≡≈…⏐⎯↵ℵℑℜ℘⊗⊕∅∩∪⊃⊇⊄⊂⊆∈∉∠∇®©™∏√⋅¬∧∨⇔⇐⇑⇒⇓◊〈®©™∑")
-WINGDINGS = dict(zip(b"\x46\x4a\x4c\x6c\x6e\x6f\x71\x76\x77\xa7\xa8\xab\xd8\xe0\xe8\xf0\xfb\xfc\xfd\xfe",
+SYMBOL = (" !∀#∃%&∍()*+,−./0123456789:;<=>?≅ΑΒΧΔΕΦΓΗΙϑΚΛΜΝΟΠΘΡΣΤΥςΩΞΨΖ[∴]⊥_"
+          "‾αβχδεφγηιϕκλμνοπθρστυϖωξψζ{|}~" + "\0"*33 +
+          "€ϒ′≤⁄∞ƒ♣♦♥♠↔←↑→↓°±″≥×∝∂•÷≠≡≈…⏐⎯↵ℵℑℜ℘⊗⊕∅∩∪⊃⊇⊄⊂⊆∈∉∠∇®©™∏√⋅¬∧∨⇔⇐⇑⇒⇓◊〈®©™∑")
+WINGDINGS = dict(zip(bytes.fromhex("464a4c6c6e6f717677a7a8abd8e0e8f0fbfcfdfe"),
                      "☞☺☹●■☐❑❖◆▪☐★➢→➔⇨✗✓☒☑"))
-UNSEEN = frozenset("del moveFrom Fallback rt pPr rPr tblPr trPr tcPr sdtPr sdtEndPr instrText delText".split())
+UNSEEN = frozenset("del moveFrom Fallback rt pPr rPr tblPr trPr tcPr sdtPr sdtEndPr instrText "
+                   "delText".split())
 
 def word_sign(
     code: int,   # of a `w:sym`, or of a letter from the private range
     font: str,
 ) -> str:
     "The sign that a symbol font shows for a code; empty where it is not known."
-    if not 0xf000 <= code <= 0xf0ff and code > 0xff: return chr(code)
+    private, font = 0xf000 <= code <= 0xf0ff, font.lower()
+    if not private and (code > 0xff or not font.startswith(("symbol", "wingdings", "webdings"))):
+        return chr(code)
     code &= 0xff
-    if font.lower().startswith("wingdings"): return WINGDINGS.get(code, "") if font.lower() == "wingdings" else ""
-    if font.lower() != "symbol": return ""
-    return SYMBOL[code - 32:code - 31].strip("\0") if code >= 32 else ""
+    if font == "wingdings": return WINGDINGS.get(code, "")
+    return SYMBOL[code - 32:code - 31].strip("\0") if font == "symbol" and code >= 32 else ""
 
 # %% ../nbs/21_documents.ipynb #a7150015
 class WordText:
@@ -551,10 +571,11 @@ class WordText:
         root = lambda name: parse_xml(parts[name]) if parts.get(name) else None
         self.styles = WordStyles(root("styles"))
         self.numbers = WordNumbers(root("numbering"), self.styles)
-        self.notes = {kind: {} if root(kind + "s") is None else {n.get(W + "id"): n for n in root(kind + "s")}
-                      for kind in ("footnote", "endnote")}
-        self.cited, self.marks = [], Counter()                     # notes to be written; how many there were
-        self.boxes, self.looks, self.carried = [], Counter(), ""   # of the paragraph that is being read
+        note_parts = {"footnote": root("footnotes"), "endnote": root("endnotes")}
+        self.notes = {kind: {} if part is None else {n.get(W + "id"): n for n in part}
+                      for kind, part in note_parts.items()}
+        self.cited, self.marks = [], Counter()                     # notes to be written; how many
+        self.boxes, self.looks, self.carried = [], Counter(), ""   # of the paragraph being read
         self.hidden, self.lost = 0, Counter()                      # characters; signs of each font
         self.title = ""                                            # of the style Title
 
@@ -564,26 +585,27 @@ class WordText:
             kind = kind_of(child)
             if kind in UNSEEN or not kind: continue
             if kind == "t": yield self.looking(child.text or "", run, p)
-            elif kind in ("tab", "ptab"): yield " "
+            elif kind in ("tab", "ptab"): yield "\t"
             elif kind in ("br", "cr"): yield "\n"
             elif kind == "noBreakHyphen": yield "-"
-            elif kind == "sym": yield self.sign(int(child.get(W + "char", "0"), 16), child.get(W + "font", ""))
-            elif kind in ("footnoteReference", "endnoteReference"): yield self.mark(kind[:-9], child.get(W + "id"))
+            elif kind == "sym":
+                yield self.sign(int(child.get(W + "char", "0"), 16), child.get(W + "font", ""))
+            elif kind in ("footnoteReference", "endnoteReference"):
+                yield self.mark(kind.removesuffix("Reference"), child.get(W + "id"))
             elif kind == "txbxContent": self.boxes.append(child)
             elif kind == "fldChar" and (box := child.find(f"{W}ffData/{W}checkBox")) is not None:
                 yield " ☑ " if first_said((is_on(box, "checked"), is_on(box, "default"))) else " ☐ "
-            elif kind == "r" and first_said(is_on(s, "rPr/vanish") for s in self.styles.run(child, p)):
+            elif kind == "r" and self.styles.says(child, p, "rPr/vanish"):
                 self.hidden += sum(len(t.text or "") for t in child.iter(W + "t"))
             elif kind == "sdt" and child.find(f"{W}sdtPr/{{*}}checkbox") is not None:
                 yield f" {''.join(self.pieces(child, p, run))} "
             else: yield from self.pieces(child, p, child if kind == "r" else run)
 
     def looking(self, text: str, run, p) -> str:
-        "The text of a run, with its size and weight noted and the letters of symbol fonts replaced."
-        where = [] if run is None else self.styles.run(run, p)
+        "The text of a run, its look noted and the letters of symbol fonts replaced."
+        where = self.styles.run(run, p)
         size = first_said(value_at(s, "rPr/sz") for s in where) or "0"
-        bold = bool(first_said(is_on(s, "rPr/b") for s in where))
-        self.looks[float(size)/2, bold] += len(text.strip())
+        self.looks[float(size)/2, self.styles.says(run, p, "rPr/b")] += len(text.strip())
         if not re.search("[\uf020-\uf0ff]", text): return text
         font = first_said(value_at(s, "rPr/rFonts", "ascii") for s in where) or ""
         return re.sub("[\uf020-\uf0ff]", lambda m: self.sign(ord(m[0]), font), text)
@@ -597,7 +619,8 @@ class WordText:
         "The mark of a foot- or endnote, which is kept for after the paragraph."
         if (note := self.notes[kind].get(id)) is None: return ""
         self.marks[kind] += 1
-        mark = f"[{word_number(self.marks[kind], 'decimal' if kind == 'footnote' else 'lowerRoman')}]"
+        form = "decimal" if kind == "footnote" else "lowerRoman"
+        mark = f"[{word_number(self.marks[kind], form)}]"
         self.cited.append((mark, note))
         return mark
 
@@ -629,7 +652,7 @@ def heading_level(styles: list, p) -> int:
 
 # %% ../nbs/21_documents.ipynb #a7150017
 class WordReader(WordText):
-    "Takes a Word file apart into blocks; each comes with its look, or None where that says nothing."
+    "Takes a Word file apart into blocks, each with its look, or None where that says nothing."
     def body(self, el):
         "The blocks of the body, each with the notes that it refers to behind it."
         for item in self.blocks(el):
@@ -639,7 +662,7 @@ class WordReader(WordText):
                 yield Block(f"{mark} " + self.cell(list(self.blocks(note))), tight=True), None
 
     def blocks(self, el):
-        "The blocks of the body, of a cell or of a text box; text boxes stand behind their paragraph."
+        "The blocks of the body, a cell or a text box; text boxes stand behind their paragraph."
         for kind, child in word_items(el):
             yield from self.paragraph(child) if kind == "p" else self.table(child)
             boxes, self.boxes = self.boxes, []
@@ -649,26 +672,32 @@ class WordReader(WordText):
         "The block of a paragraph; none where it is empty, or all of it is deleted or hidden."
         self.looks = Counter()
         text, self.carried = self.carried + "".join(self.pieces(p, p)), ""
-        if p.find(f"{W}pPr/{W}rPr/{W}del") is not None: self.carried = text + " "; return   # its end is deleted
-        if not text.strip() and any(kind_of(t) in ("t", "delText") and t.text for t in p.iter()): return
+        if p.find(f"{W}pPr/{W}rPr/{W}del") is not None:            # the next paragraph goes on
+            self.carried = text + " "
+            return
+        unseen = any(kind_of(t) in ("t", "delText") and t.text for t in p.iter())
+        if not text.strip() and unseen: return
         label, styles = self.numbers.label(p), self.styles.paragraph(p)
         if not text.strip() and not part_of(label): return
         name = styles and value_at(styles[0], "name") or ""
         level = heading_level(styles, p) if len(text) <= 300 else 0
         if name == "Title" and not self.title: self.title, level = text.strip(), 1
-        block = Block(label + text, level, tight=name.startswith("List") or bool(label) and not level)
+        tight = name.startswith("List") or bool(label) and not level
+        block = Block(label + text, level, tight)
         plain = level or name == "Title" or name.lower().startswith("toc ") or not self.looks
-        yield block, None if plain else Line(clean_text(block.text), *self.looks.most_common(1)[0][0])
+        look = None if plain else self.looks.most_common(1)[0][0]
+        yield block, look and Line(clean_text(block.text), *look)
 
     def table(self, table):
-        "The rows of a table, a line each; cells with headings, or alone in their row, as blocks of their own."
-        above, first = {}, True                                    # above: column -> text that goes on downwards
+        "The rows of a table, a line each; cells with headings, or for layout, as blocks."
+        above, first = {}, True                          # column -> text that goes on below
         for _, row in word_items(table, ("tr",)):
             if row.find(f"{W}trPr/{W}del") is not None: continue
             cells, texts, column = [], [], 0
             for _, cell in word_items(row, ("tc",)):
                 cells.append(list(self.blocks(cell)))
-                if value_at(cell, "tcPr/vMerge") not in ("", "continue"): above[column] = self.cell(cells[-1])
+                if value_at(cell, "tcPr/vMerge") not in ("", "continue"):
+                    above[column] = self.cell(cells[-1])
                 texts.append(above.get(column, ""))
                 column += int(value_at(cell, "tcPr/gridSpan") or 1)
             filled = [cell for cell in cells if self.cell(cell)]
@@ -685,9 +714,9 @@ class WordReader(WordText):
 
 # %% ../nbs/21_documents.ipynb #2eebea5b
 def open_word(path: Path):
-    "The file as python-docx has it, without pictures, and in the usual names where it is Strict Open XML."
+    "The file as python-docx has it, without pictures, and not Strict any more."
     docx, new = parser("docx"), io.BytesIO()
-    if not zipfile.is_zipfile(path): return docx.Document(str(path))          # which says what is wrong
+    if not zipfile.is_zipfile(path): return docx.Document(str(path))      # which says what is wrong
     relation = re.compile(rb"<((?:\w+:)?Relationship)\s[^>]*?(?:/>|>\s*</\1>)")
     named = lambda m: m[0] if re.search(rb"""\.xml["']|["']External["']""", m[0]) else b""
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(new, "w") as out:
@@ -700,16 +729,21 @@ def open_word(path: Path):
 
 def read_docx(path: Path) -> tuple[list[Block], dict]:
     "A Word file. Raises DocumentError for an encrypted one."
-    if path.open("rb").read(4) == b"\xd0\xcf\x11\xe0": raise DocumentError("encrypted, or an old .doc file under a new name; save it as .docx without a password")
+    if path.open("rb").read(4) == b"\xd0\xcf\x11\xe0":
+        raise DocumentError("encrypted, or an old .doc file under a new name; "
+                            "save it as .docx without a password")
     file = open_word(path)
     reader = WordReader(file)
     items = list(reader.body(file.element.body))
     deepest = max((block.level for block, _ in items), default=0)
     levels = iter(line_levels([look for _, look in items if look]))
-    blocks = [block._replace(level=min(9, deepest + n)) if look and (n := next(levels)) else block for block, look in items]
+    blocks = [block._replace(level=min(9, deepest + n)) if look and (n := next(levels)) else block
+              for block, look in items]
     notes = [f"hidden text left out: {reader.hidden} characters"] if reader.hidden else []
-    notes += [f"{n} signs of the font {font!r} left out: they are not known" for font, n in reader.lost.items()]
-    if file.element.body.find(f".//{W}altChunk") is not None: notes.append("a file inserted into this one was not read")
+    notes += [f"{n} signs of the font {font!r} left out: they are not known"
+              for font, n in reader.lost.items()]
+    if file.element.body.find(f".//{W}altChunk") is not None:
+        notes.append("a file inserted into this one was not read")
     return blocks, {"title": reader.title or file.core_properties.title or "", "notes": notes}
 
 # %% ../nbs/21_documents.ipynb #ca91eee7
@@ -856,16 +890,19 @@ def read_pdf(path: Path) -> tuple[list[Block], dict]:
     return blocks, {"title": (reader.metadata or {}).get("/Title") or "", "notes": notes}
 
 # %% ../nbs/21_documents.ipynb #a7150018
-NO_TITLE = re.compile(r"(?:microsoft )?(?:office )?(?:word|powerpoint)?\s*(?:document|presentation|doc)?\s*\d*"
-                      r"|(?:new |blank |untitled[\s-]*)(?:page|document|file)?\s*\d*|no title|title|tài liệu\s*\d*"
-                      r"|(?:không|chưa) có tiêu đề|مستند\s*\d*|بدون عنوان", re.I)
-FILE_NAME = re.compile(r".*\.(?:docx?|dotx?|docm|rtf|odt|pdf|html?|xhtml|aspx?|php|txt|md|tmp|wpd|xlsx?|pptx?|indd|tex|dvi|ps)", re.I)
+NO_TITLE = re.compile(r"(?!\d+$)(?:microsoft )?(?:office )?(?:word|powerpoint)?\s*"
+                      r"(?:document|presentation|doc)?\s*\d*"
+                      r"|(?:new |blank |untitled[\s-]*)(?:page|document|file)?\s*\d*|no title|title"
+                      r"|tài liệu\s*\d*|(?:không|chưa) có tiêu đề|مستند\s*\d*|بدون عنوان", re.I)
+FILE_NAME = re.compile(r".*\.(?:docx?|dotx?|docm|rtf|odt|pdf|html?|xhtml|aspx?|php|txt|md|tmp|wpd"
+                       r"|xlsx?|pptx?|indd|tex|dvi|ps)", re.I)
 
 def real_title(
     title: str,   # as the file carries it
 ) -> str:
-    "The title; empty for one that a program made up, such as \"Word Document\", or that is the name of a file."
-    title = re.sub(r"^microsoft (?:office )?\w+ - ", "", " ".join(clean_text(title).split()), flags=re.I)
+    "The title; empty for one that a program made up or that is the name of a file."
+    title = " ".join(clean_text(title).split())
+    title = re.sub(r"^microsoft (?:office )?\w+ - ", "", title, flags=re.I)
     return "" if NO_TITLE.fullmatch(title) or FILE_NAME.fullmatch(title) else title
 
 def first_title(headings: list[Heading]) -> str:
