@@ -322,7 +322,8 @@ def part_of(
     title, ends = line[m.end() + len(gap):], re.search(r"[.;:…؛،]$", line)
     if not title: return Part(rank, len(line), numbered)
     whole = Part(rank, len(line), False) if heading or len(title) <= 400 and not ends else None
-    if not numbered: return whole                                  # باب and its title
+    if not numbered:               # باب and its title; with tanween or shadda it is another word or form
+        return None if re.search("[\u064b-\u064d\u0651]", m[0]) else whole
     other = STRUCTURE.match(title)                                 # "Mục 1 Chương XI" only refers
     if not gap or THIS.match(title) or other and other.lastgroup[0] == "n": return None
     if gap.isspace() and not title.isupper() and not (heading and title[0].isupper()): return None

@@ -196,7 +196,7 @@ def test_a_law_has_the_same_headings_in_every_format(tmp_path, name, write):
 
 
 @pytest.mark.parametrize("line", ["Điều 5 của Bộ luật này quy định khác.", "Điều 7, Điều 8 và Điều 9", "Mục 1 Chương XI của Bộ luật này.", "Mục II. Chương này", "Phần mềm quản lý", "Điều kiện làm việc",
-                                  "Chương trình đào tạo", "Điều 5 | 10 triệu", "Mục vi phạm", "كتاب الله وسنة نبيه.", "الكتاب المقدس", "باب المسجد مفتوح.", "Party of one", "Sections 3 and 4",
+                                  "Chương trình đào tạo", "Điều 5 | 10 triệu", "Mục vi phạm", "كتاب الله وسنة نبيه.", "كِتَابٌ مَرْقُومٌ", "فَصَلِّ لِرَبِّكَ وَانْحَرْ", "الكتاب المقدس", "باب المسجد مفتوح.", "Party of one", "Sections 3 and 4",
                                   "Điều 1. Phạm vi điều chỉnh .......... 5", "Chương I QUY ĐỊNH CHUNG\t12"])
 def test_sentences_that_only_speak_of_a_part_are_no_headings(line):
     assert part_of(line) is None
