@@ -693,7 +693,10 @@ def _found_themes(passage, finders):
     return sorted(hits, key=lambda t: -hits[t]), words
 
 # %% ../nbs/22_queries.ipynb #6112700d
-NUMBERING = re.compile(r"^\s*((điều|khoản|mục|chương|phần|article|section|chapter|part|المادة|مادة|الفصل|الباب)\s+[\divxlc٠-٩]+|[\d٠-٩]+(\.[\d٠-٩]+)*[.)])[\s.:)–-]*", re.I)
+NUMBERING = re.compile(     # "Điều 97. ", "Phần thứ nhất: ", "المادة 5 - ", "2.1. "
+    r"^\s*((điều|khoản|mục|tiểu mục|chương|phần|phụ lục|article|section|chapter|part|appendix"
+    r"|المادة|مادة|الفصل|الباب|الكتاب|الحديث|حديث)\s+(رقم\s+)?([\divxlc٠-٩]+[a-zđ]?(?!\w)|thứ\s+(mười\s+)?\w+)"
+    r"|điểm\s+[a-zđ](?!\w)|[\d٠-٩]+(\.[\d٠-٩]+)*[.)])[\s.:)–-]*", re.I)
 
 def _fields(passage, finders):
     "What the templates can be filled with; a list where there is a choice."
