@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'CONFIG_FILE', 'LEXICAL_FILES', 'MULTI_FILE', 'DENSE_HEAD', 'REMOVED', 'OUTPUTS', 'NEW_HEADS', 'find_file',
-           'M3Config', 'replace_file', 'usual_mode', 'write_tensors', 'read_tensors', 'pool', 'ExpansionHead',
-           'M3Output', 'ProjectionHead', 'M3Model', 'init_heads', 'save_directory', 'head_files', 'save_model',
-           'read_head', 'load_heads', 'load_projection', 'load_model']
+           'M3Config', 'replace_file', 'usual_mode', 'set_modes', 'write_tensors', 'read_tensors', 'pool',
+           'ExpansionHead', 'M3Output', 'ProjectionHead', 'M3Model', 'init_heads', 'save_directory', 'head_files',
+           'save_model', 'read_head', 'load_heads', 'load_projection', 'load_model']
 
 # %% ../nbs/01_model.ipynb #6f3cd05f
 import json, os, secrets, shutil
@@ -99,6 +99,14 @@ def usual_mode(
     sample.touch()
     try: return sample.stat().st_mode & 0o777
     finally: sample.unlink()
+
+def set_modes(
+    folder: Path,   # with the files that a library wrote
+):
+    "Give all files of a directory the permissions of new ones."
+    mode = usual_mode(folder)
+    for f in folder.rglob("*"):
+        if f.is_file(): f.chmod(mode)
 
 def write_tensors(
     path: Path,             # file
@@ -326,9 +334,7 @@ def save_directory(
     tmp.mkdir()
     try:
         write(tmp)
-        mode = usual_mode(tmp)
-        for f in tmp.rglob("*"):
-            if f.is_file(): f.chmod(mode)
+        set_modes(tmp)
         if not path.exists(): os.replace(tmp, path)
         else:
             for f in sorted(tmp.iterdir()): os.replace(f, path/f.name)
