@@ -10,11 +10,10 @@ __all__ = ['LAYER_PARTS', 'E5_PROMPTS', 'CONVERSION', 'cores', 'cache_dir', 'deq
            'pick_dtype', 'PackedLinear', 'attend', 'PackedEncoder', 'core_pool']
 
 # %% ../nbs/00_backbone.ipynb #68111483
-import json, os, secrets, shutil, struct, threading, time
+import json, os, re, secrets, shutil, struct, threading, time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import groupby
@@ -338,22 +337,20 @@ def load_backbone(
     return encoder.to(device=device, dtype=dtype).eval(), tokenizer
 
 # %% ../nbs/00_backbone.ipynb #c1f5e206
-@lru_cache(maxsize=4)
 def text_backend(
-    rules: str,   # the JSON of a tokenizer of the tokenizers library, from "added_tokens" on
+    own,   # a `Tokenizer` of the tokenizers library; stays as it is
 ):
-    "Make that tokenizer without special tokens in its texts, truncation and padding."
-    from tokenizers import Tokenizer
-    state = {"version": "1.0", "truncation": None, "padding": None} | json.loads("{" + rules)
-    special = {t["content"] for t in state["added_tokens"] if t["special"]}
-    name = lambda piece: f" {piece}" if piece in special else piece
-    for t in state["added_tokens"]: t["content"] = name(t["content"])
-    model, vocab = state["model"], state["model"]["vocab"]
-    if isinstance(vocab, dict): model["vocab"] = {name(piece): i for piece, i in vocab.items()}
-    else: model["vocab"] = [[name(piece), score] for piece, score in vocab]        # unigram
-    if "unk_token" in model: model["unk_token"] = name(model["unk_token"])
-    backend = Tokenizer.from_str(json.dumps(state))
+    "Make a tokenizer with the same vocabulary that finds no special tokens in a text, and never truncates or pads."
+    from tokenizers import Regex, Tokenizer, pre_tokenizers
+    backend, added = Tokenizer(own.model), own.get_added_tokens_decoder()
+    for _, t in sorted(added.items()): (backend.add_special_tokens if t.special else backend.add_tokens)([t])
     backend.encode_special_tokens = True
+    backend.normalizer, backend.post_processor = own.normalizer, own.post_processor
+    names = [t.content for t in added.values() if t.special and len(t.content) > 1]
+    first = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
+    rules = [own.pre_tokenizer] if own.pre_tokenizer else []
+    if names: rules.append(pre_tokenizers.Split(Regex(first), "merged_with_previous"))
+    if rules: backend.pre_tokenizer = pre_tokenizers.Sequence(rules)
     return backend
 
 # %% ../nbs/00_backbone.ipynb #58ab0e17
@@ -364,14 +361,13 @@ class TextTokenizer:
     ):
         self.tokenizer, self.left, self.backend = tokenizer, tokenizer.truncation_side == "left", None
         if tokenizer.is_fast:
-            rules = tokenizer.backend_tokenizer.to_str()
-            self.backend = text_backend(rules[rules.index('"added_tokens"'):])
+            self.backend = text_backend(tokenizer.backend_tokenizer)
             mask = self.backend.encode("a").special_tokens_mask
         else: mask = tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
         own = [i for i, special in enumerate(mask) if not special]
         self.before, self.after = own[0], len(mask) - 1 - own[-1]    # special tokens around a text
 
-    def __reduce__(self): return type(self), (self.tokenizer,)       # the copy is made again
+    def __reduce__(self): return type(self), (self.tokenizer,)       # a copy in another process
 
     def __call__(self,
         texts: list[str],                 # half a character, which is not text, becomes "?"
