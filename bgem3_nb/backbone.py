@@ -340,10 +340,11 @@ def load_backbone(
 def text_backend(
     own,   # a `Tokenizer` of the tokenizers library; stays as it is
 ):
-    "Make a tokenizer with the same vocabulary that finds no special tokens in a text, and never truncates or pads."
+    "Make a tokenizer of the same vocabulary that finds no special tokens and truncates nothing."
     from tokenizers import Regex, Tokenizer, pre_tokenizers
     backend, added = Tokenizer(own.model), own.get_added_tokens_decoder()
-    for _, t in sorted(added.items()): (backend.add_special_tokens if t.special else backend.add_tokens)([t])
+    for _, t in sorted(added.items()):       # in the order of their ids
+        (backend.add_special_tokens if t.special else backend.add_tokens)([t])
     backend.encode_special_tokens = True
     backend.normalizer, backend.post_processor = own.normalizer, own.post_processor
     names = [t.content for t in added.values() if t.special and len(t.content) > 1]
@@ -359,7 +360,8 @@ class TextTokenizer:
     def __init__(self,
         tokenizer,   # of transformers; stays as it is
     ):
-        self.tokenizer, self.left, self.backend = tokenizer, tokenizer.truncation_side == "left", None
+        self.tokenizer, self.backend = tokenizer, None
+        self.left = tokenizer.truncation_side == "left"
         if tokenizer.is_fast:
             self.backend = text_backend(tokenizer.backend_tokenizer)
             mask = self.backend.encode("a").special_tokens_mask
@@ -376,7 +378,9 @@ class TextTokenizer:
         "Read texts, and truncate those that are longer."
         texts = [t.encode("utf-8", "replace").decode() for t in texts]
         if self.backend: ids = [e.ids for e in self.backend.encode_batch_fast(texts)]
-        else: ids = [self.tokenizer(t, split_special_tokens=True, verbose=False)["input_ids"] for t in texts]
+        else:
+            read = lambda t: self.tokenizer(t, split_special_tokens=True, verbose=False)["input_ids"]
+            ids = [read(t) for t in texts]
         kept = [self.cut(i, max_length or len(i)) for i in ids]
         return kept, sum(len(a) < len(b) for a, b in zip(kept, ids))
 
@@ -394,7 +398,8 @@ class TextTokenizer:
     ):               # an `Encoding` of the tokenizers library, with `ids`, `offsets` and `word_ids`
         "One whole text with the characters of each token. Raises ValueError for a slow tokenizer."
         if self.backend is None:
-            raise ValueError("this tokenizer does not tell the characters of a token; load its fast version")
+            raise ValueError("this tokenizer does not tell the characters of a token; "
+                             "load its fast version")
         return self.backend.encode(text.encode("utf-8", "replace").decode())
 
 # %% ../nbs/00_backbone.ipynb #9ecf55d6
@@ -514,7 +519,7 @@ class PackedEncoder:
         return h
 
 # %% ../nbs/00_backbone.ipynb #d2c60b93
-cores = {"lock": threading.Lock(), "calls": 0, "threads": 1}   # calls at work now, and torch's number of threads
+cores = {"lock": threading.Lock(), "calls": 0, "threads": 1}   # calls at work; torch's threads
 
 @contextmanager
 def core_pool(
@@ -523,11 +528,13 @@ def core_pool(
     "Threads for tasks that torch and numpy compute, each on its part of the cores."
     with cores["lock"]:
         if not cores["calls"]:
-            with ThreadPoolExecutor(1) as fresh: cores["threads"] = fresh.submit(torch.get_num_threads).result()
+            with ThreadPoolExecutor(1) as fresh:
+                cores["threads"] = fresh.submit(torch.get_num_threads).result()
         cores["calls"] += 1
         threads = cores["threads"]
     workers = max(1, min(threads, tasks))
-    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,))
+    share = (threads // workers,)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=share)
     try: yield pool
     finally:
         pool.shutdown(cancel_futures=True)

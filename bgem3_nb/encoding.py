@@ -182,8 +182,8 @@ class Budget:
 
 def evaluation_copy(
     module: torch.nn.Module,   # in any mode
-) -> torch.nn.Module:          # in evaluation mode, on the same tensors; `module` itself where all of it already is
-    "The module without dropout, for one call; other threads may train it meanwhile."
+) -> torch.nn.Module:          # on the same tensors; `module` itself if nothing of it trains
+    "Copy the module in evaluation mode, for one call; other threads may train it meanwhile."
     if not any(m.training for m in module.modules()): return module
     tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
     return deepcopy(module, tensors).eval()
@@ -204,7 +204,8 @@ class M3Encoder:
     ):
         self.device = torch.device(device or pick_device())
         self.dtype = dtype or pick_dtype(self.device)[0]
-        self.model, self.tokenizer, self.text_tokenizer = model.to(self.device), model.tokenizer, TextTokenizer(model.tokenizer)
+        self.model, self.tokenizer = model.to(self.device), model.tokenizer
+        self.text_tokenizer = TextTokenizer(model.tokenizer)
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 16384)
         self.max_length, self.progress = max_length, progress
         packs = self.device.type == "cpu" and not compile and PackedEncoder.serves(model.encoder)
@@ -229,13 +230,13 @@ class M3Encoder:
         return self.encode(passages, self.model.config.passage_prompt if prompt is None else prompt, **kwargs)
 
     def encode(self,
-        texts: Iterable[str],        # a list, tuple, pandas Series, array or generator of strings; may be empty
+        texts: Iterable[str],        # a list, tuple, Series, array or generator; may be empty
         prompt: str = "",            # put before every text
         outputs: tuple = OUTPUTS,    # any of "dense", "lexical", "multi"; nothing else is computed
-        max_length: int | None = None,  # tokens after which a text is truncated; at most the model's positions
+        max_length: int | None = None,  # tokens of a text; at most the model's positions
     ) -> Embeddings:
         """
-        Embeddings in the order of `texts`; warns once if any was truncated. Any number of threads may call it.
+        Embed texts, in their order; warns once if any was truncated. Threads may call it together.
         Raises ValueError naming the first text that is not a string.
         """
         found, truncated = self.encode_counted(texts, prompt, outputs, max_length)
@@ -243,20 +244,26 @@ class M3Encoder:
         return found
 
     def encode_counted(self,
-        texts: Iterable[str], prompt: str = "", outputs: tuple = OUTPUTS, max_length: int | None = None,   # as for `encode`
+        texts: Iterable[str],        # these four as for `encode`
+        prompt: str = "",
+        outputs: tuple = OUTPUTS,
+        max_length: int | None = None,
     ) -> tuple[Embeddings, int]:     # embeddings; how many texts were truncated
         "Encode without a warning."
         if not outputs or set(outputs) - set(OUTPUTS): raise ValueError(f"outputs must be some of {OUTPUTS}, not {outputs!r}")
         texts, length = check_texts(texts), max_length or self.max_length
-        budget, layers, parts, places, truncated = Budget(self.batch_tokens), self.layers(), [], [], 0
+        budget, layers = Budget(self.batch_tokens), self.layers()
+        parts, places, truncated = [], [], 0
         work = lambda b: [read_states(self.model, self.states(b, layers), b, outputs)]
         windows = [texts[i:i + WINDOW] for i in range(0, len(texts), WINDOW)] or [[]]
         quiet = not self.progress or len(texts) < 64
-        with tqdm(total=len(texts), desc="encode", unit="text", disable=quiet) as bar, ThreadPoolExecutor(1) as ahead:
+        bar = tqdm(total=len(texts), desc="encode", unit="text", disable=quiet)
+        with bar, ThreadPoolExecutor(1) as ahead:
             coming = ahead.submit(self.tokenize_counted, windows[0], prompt, length)
             for following in [*windows[1:], None]:
                 ids, longer = coming.result()
-                if following: coming = ahead.submit(self.tokenize_counted, following, prompt, length)
+                if following:
+                    coming = ahead.submit(self.tokenize_counted, following, prompt, length)
                 truncated += longer
                 if truncated: bar.set_postfix_str(f"{truncated:,} truncated", refresh=False)
                 order, batches = self.batches(ids, budget)
@@ -274,13 +281,18 @@ class M3Encoder:
         states = self.run(batches, work, budget)
         return [states[i] for i in np.argsort(order)] if ids else []
 
-    def tokenize(self, texts: Iterable[str], prompt: str = "", max_length: int | None = None) -> list[list[int]]:
-        "Token ids of every text, truncated to `max_length`. Raises ValueError if the model has fewer positions."
+    def tokenize(self,
+        texts: Iterable[str],           # as for `encode`
+        prompt: str = "",               # put before every text
+        max_length: int | None = None,  # tokens of a text
+    ) -> list[list[int]]:
+        "Token ids of every text, truncated. Raises ValueError if the model has fewer positions."
         return self.tokenize_counted(texts, prompt, max_length)[0]
 
-    def tokenize_counted(self, texts: Iterable[str], prompt: str = "", max_length: int | None = None) -> tuple[list, int]:
+    def tokenize_counted(self, texts, prompt: str = "", max_length: int | None = None) -> tuple[list, int]:
         "`tokenize`, and how many texts were truncated."
-        texts, length, config = check_texts(texts), max_length or self.max_length, self.model.encoder.config
+        texts, length = check_texts(texts), max_length or self.max_length
+        config = self.model.encoder.config
         most = getattr(config, "max_position_embeddings", length) - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
         if not 2 < length <= most: raise ValueError(f"max_length {length} is not possible: this model has positions for 3 to {most} tokens")
         return self.text_tokenizer([prompt + t for t in texts], length)
@@ -321,7 +333,7 @@ class M3Encoder:
         return self.fit(batch[:half], work, budget) + self.fit(batch[half:], work, budget)
 
     def states(self, ids: list[list[int]], layers: torch.nn.Module | None) -> torch.Tensor:
-        "Hidden states of one batch, (tokens, d) fp32, text after text; `layers` as the method of that name gives them."
+        "Hidden states of one batch, (tokens, d) fp32, text after text; `layers` is what `layers()` gave."
         if not ids: return torch.zeros(0, self.model.encoder.config.hidden_size, device=self.device)
         if self.packed: return self.packed(ids)
         batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
@@ -343,15 +355,17 @@ class M3Encoder:
 def check_container(
     texts,   # what a caller gave as several texts
 ):
-    "Raises ValueError for one text, a table or a dict, which are no sequence of texts."
+    "Refuse one text, a table or a dict, which are no sequence of texts: raises ValueError."
     if isinstance(texts, str): raise ValueError("texts must be a list of strings, not one string; write [text]")
-    if isinstance(texts, (bytes, Mapping)) or getattr(texts, "ndim", 1) != 1 or not isinstance(texts, Iterable):
-        raise ValueError(f"texts must be a list of strings, not {type(texts).__name__}; give one column, or the values")
+    table = isinstance(texts, (bytes, Mapping)) or getattr(texts, "ndim", 1) != 1
+    if table or not isinstance(texts, Iterable):
+        raise ValueError(f"texts must be a list of strings, not {type(texts).__name__}; "
+                         "give one column, or the values")
 
 def check_texts(
     texts: Iterable[str],   # a list, tuple, pandas Series, array, or generator
 ) -> list[str]:
-    "The texts as a list. Raises ValueError if they are none, naming the first that is not a string."
+    "List the texts. Raises ValueError if they are none, naming the first that is not a string."
     check_container(texts)
     texts = list(texts)
     for i, t in enumerate(texts):
@@ -365,8 +379,8 @@ def warn_truncated(
 ):
     "Warn the caller of the caller that texts were truncated."
     if truncated: warnings.warn(
-        f"{truncated:,} of {count:,} texts are longer than {length} tokens and were truncated; raise max_length as far as "
-        "the model reads, or split them", stacklevel=3)
+        f"{truncated:,} of {count:,} texts are longer than {length} tokens and were truncated; "
+        "raise max_length as far as the model reads, or split them", stacklevel=3)
 
 
 # %% ../nbs/02_encoding.ipynb #9d12b25b
@@ -407,12 +421,16 @@ class EncoderPool:
         settings |= {"max_length": max_length, "dtype": self.dtype}
         self.executor = ProcessPoolExecutor(len(devices), context, start_worker, (self.folder.name, free, max(1, (os.cpu_count() or 1) // len(devices)), settings))
 
-    encode, encode_queries, encode_passages = M3Encoder.encode, M3Encoder.encode_queries, M3Encoder.encode_passages
+    encode, encode_queries = M3Encoder.encode, M3Encoder.encode_queries
+    encode_passages = M3Encoder.encode_passages
 
     def encode_counted(self,
-        texts: Iterable[str], prompt: str = "", outputs: tuple = OUTPUTS, max_length: int | None = None,   # as for `encode`
+        texts: Iterable[str],        # these four as for `encode`
+        prompt: str = "",
+        outputs: tuple = OUTPUTS,
+        max_length: int | None = None,
     ) -> tuple[Embeddings, int]:
-        "As `M3Encoder.encode_counted`. A process's error is raised here; RuntimeError if one dies without a word."
+        "Encode without a warning. A process's error is raised here; RuntimeError if one dies."
         texts = check_texts(texts)
         parts = [texts[i:i + PART] for i in range(0, len(texts), PART)] or [[]]
         done = [self.executor.submit(encode_part, p, prompt, outputs, max_length) for p in parts]

@@ -288,7 +288,7 @@ def dense_parts(
     hidden: torch.Tensor,          # (n, d) states of a text, on the CPU
     head: ProjectionHead | None,   # the model's projection
 ) -> torch.Tensor:                 # (n, d), or (n, d_out) with a projection; float64
-    "What each token contributes to the dense vector of a model with mean pooling, which is the sum of the rows."
+    "What each token adds to the dense vector of a model with mean pooling: the rows sum to it."
     parts = hidden.double() / hidden.double().mean(0).norm()
     if head is not None: parts = deepcopy(head).cpu().double().parts(parts)
     return parts / (len(parts) * parts.mean(0).norm())

@@ -283,7 +283,7 @@ def encode_corpus(
     progress: bool = True,          # show a bar
 ) -> EmbeddingStore:
     """
-    Encode into a store, or finish one; warns once if texts were truncated, and keeps their number in `store.json`.
+    Encode into a store, or finish one. Truncated texts are counted in `store.json` and warned of.
     Raises ValueError where a store is there of another model, setting or text.
     """
     path, n, cut, quiet = Path(path), 0, [], copy(encoder)
@@ -295,7 +295,8 @@ def encode_corpus(
             file, keys = shard_file(path, i), text_keys(part, n)
             if not is_done(file, keys, n):
                 if info["n"] is not None: write_info(path, info := wanted)      # from here on it is unfinished
-                e, longer = quiet.encode_counted(part, prompt=wanted["prompt"], outputs=tuple(wanted["outputs"]), max_length=wanted["max_length"])
+                settings = {k: wanted[k] for k in ("prompt", "outputs", "max_length")}
+                e, longer = quiet.encode_counted(part, **settings)
                 write_shard(file, e, keys, multi_dtype, longer)
             n += len(part); bar.update(len(part))
             cut.append(truncated_texts(file))

@@ -204,7 +204,8 @@ class M3Collator:
         passage_length: int = 256,  # tokens
         chunk_tokens: int = 2048,   # token budget of a chunk
     ):
-        self.tokenizer, self.text_tokenizer, self.config = model.tokenizer, TextTokenizer(model.tokenizer), model.config
+        self.tokenizer, self.config = model.tokenizer, model.config
+        self.text_tokenizer = TextTokenizer(model.tokenizer)
         self.query_length, self.passage_length, self.chunk_tokens = query_length, passage_length, chunk_tokens
 
     def __call__(self, examples: list[dict]) -> dict:
