@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ENDS', 'NUMBER', 'HEADING', 'SHORT', 'LEVELS', 'sentence_spans', 'stripped', 'frame', 'passage_spans', 'windows',
            'merge', 'TokenStates', 'token_states', 'SpanEmbeddings', 'find_spans', 'pool_spans', 'pool_slices',
-           'span_embeddings', 'mcls_embeddings']
+           'dense_vectors', 'span_embeddings', 'mcls_embeddings']
 
 # %% ../nbs/04_granularity.ipynb #defc497f
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,9 +51,8 @@ def frame(
     prompt: str,          # put before it
 ) -> tuple[list[int], np.ndarray, slice]:  # token ids; (n, 2) characters of each; positions of the text's own tokens
     "A text's tokens without any cut. Raises ValueError if the tokenizer cannot tell characters."
-    if not encoder.tokenizer.is_fast: raise ValueError("this tokenizer does not tell the characters of a token; load its fast version")
-    coded = encoder.tokenizer(prompt + text, return_offsets_mapping=True, return_special_tokens_mask=True, truncation=False, verbose=False)
-    ids, special, spans = coded["input_ids"], coded["special_tokens_mask"], np.array(coded["offset_mapping"], np.int64).reshape(-1, 2)
+    coded = encoder.text_tokenizer.encode(prompt + text)
+    ids, special, spans = coded.ids, coded.special_tokens_mask, np.array(coded.offsets, np.int64).reshape(-1, 2)
     stop = len(ids) - next((i for i, s in enumerate(special[::-1]) if not s), len(ids))
     start = next((i for i in range(stop) if not special[i] and spans[i, 1] > len(prompt)), stop)
     spans = (spans - len(prompt)).clip(0)
@@ -117,14 +117,14 @@ class TokenStates:
 # %% ../nbs/04_granularity.ipynb #16349d92
 def token_states(
     encoder: M3Encoder,          # its `max_length` is the window
-    texts: list[str],            # of any length; nothing is cut
+    texts: Iterable[str],        # of any length; nothing is cut
     prompt: str = "",            # put at the start of every window
     stride: int | None = None,   # tokens from one window to the next; None: three quarters of a window
 ) -> TokenStates:
     "The states of all tokens. Raises ValueError if the prompt fills the window, or the stride leaves gaps."
-    check_texts(texts)
+    texts = [t.encode("utf-8", "replace").decode() for t in check_texts(texts)]
     encoder.tokenize([])         # raises where the window is larger than the model
-    texts, plans, pieces = [t.encode("utf-8", "replace").decode() for t in texts], [], []
+    plans, pieces = [], []
     framed = [frame(encoder, t, prompt) for t in texts]
     for ids, _, own in framed:
         n, size = own.stop - own.start, encoder.max_length - (len(ids) - own.stop + own.start)
@@ -204,19 +204,27 @@ def pool_spans(
 # %% ../nbs/04_granularity.ipynb #f97e7119
 def pool_slices(
     slices: list[tuple],   # states (n, d), first position, position after the last
-    model: M3Model,        # for its pooling
-) -> np.ndarray:           # (m, d) rows of length 1
+    model: M3Model,        # for its pooling and projection
+) -> np.ndarray:           # (m, d) rows of length 1; (m, d_out) with a projection
     "A dense vector for each slice: whole texts by the model's own pooling, others by the mean."
     def vector(h, lo, hi):
         own_pooling = (lo, hi) == (0, len(h)) or model.config.pooling == "last"
         return pool(h[None, lo:hi], torch.ones(1, hi - lo), model.config.pooling if own_pooling else "mean")
     empty = torch.zeros(0, model.encoder.config.hidden_size)
-    return F.normalize(torch.cat([empty, *(vector(*s) for s in slices)]), dim=-1).numpy()
+    return dense_vectors(model, torch.cat([empty, *(vector(*s) for s in slices)]))
+
+@torch.no_grad()
+def dense_vectors(
+    model: M3Model,         # on any device
+    pooled: torch.Tensor,   # (m, d) one vector a text or a span, on the CPU
+) -> np.ndarray:            # (m, d) rows of length 1; (m, d_out) with a projection
+    "The dense vectors as `encode` makes them from pooled states."
+    return model.dense(pooled.to(model.multi_head.weight.device)).cpu().numpy()
 
 # %% ../nbs/04_granularity.ipynb #10d5f615
 def span_embeddings(
     encoder: M3Encoder,         # its `max_length` is the window
-    texts: list[str],           # of any length
+    texts: Iterable[str],       # of any length
     level: str = "sentence",    # "token", "sentence", "passage" or "document"
     prompt: str = "",           # put at the start of every window
     stride: int | None = None,  # tokens from one window to the next; None: three quarters of a window
@@ -228,12 +236,12 @@ def span_embeddings(
 # %% ../nbs/04_granularity.ipynb #32f843f2
 def mcls_embeddings(
     encoder: M3Encoder,   # of a model with CLS pooling
-    texts: list[str],     # none longer than the window, with the inserted tokens
+    texts: Iterable[str], # none longer than the window, with the inserted tokens
     prompt: str = "",     # put before every text
     every: int = 256,     # tokens after a CLS
 ) -> Embeddings:          # with `dense` only
     "The mean state of CLS tokens before every 256 tokens (paper, appendix). Raises ValueError if a text does not fit."
-    check_texts(texts)
+    texts = check_texts(texts)
     if every < 1: raise ValueError(f"every must be at least 1, not {every}")
     ids, empty = [], torch.zeros(0, encoder.model.encoder.config.hidden_size)
     for i, text in enumerate(texts):
@@ -243,4 +251,4 @@ def mcls_embeddings(
             raise ValueError(f"text {i} has {len(ids[-1])} tokens with its CLS tokens, the window {encoder.max_length}; "
                              "raise max_length, or use level 'document' of `span_embeddings`")
     pooled = [h[:-1:every + 1].mean(0, keepdim=True) for h in encoder.hidden(ids)]
-    return Embeddings(dense=F.normalize(torch.cat([empty, *pooled]), dim=-1).numpy())
+    return Embeddings(dense=dense_vectors(encoder.model, torch.cat([empty, *pooled])))

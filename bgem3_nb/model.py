@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'CONFIG_FILE', 'LEXICAL_FILES', 'MULTI_FILE', 'DENSE_HEAD', 'REMOVED', 'OUTPUTS', 'NEW_HEADS', 'find_file',
-           'M3Config', 'replace_file', 'write_tensors', 'read_tensors', 'pool', 'ExpansionHead', 'M3Output',
-           'ProjectionHead', 'M3Model', 'init_heads', 'save_directory', 'head_files', 'save_model', 'read_head',
-           'load_heads', 'load_projection', 'load_model']
+           'M3Config', 'replace_file', 'usual_mode', 'set_modes', 'write_tensors', 'read_tensors', 'pool',
+           'ExpansionHead', 'M3Output', 'ProjectionHead', 'M3Model', 'init_heads', 'save_directory', 'head_files',
+           'save_model', 'read_head', 'load_heads', 'load_projection', 'load_model']
 
 # %% ../nbs/01_model.ipynb #6f3cd05f
-import json, os, shutil, tempfile
+import json, os, secrets, shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -83,13 +83,30 @@ def replace_file(
 ):
     "Write `data` to `path` so that a reader sees the old file or the new one, never half of either."
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    tmp = path.with_name(f"{path.name}{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(fd, "wb") as f: f.write(data)
-        os.chmod(tmp, 0o644); os.replace(tmp, path)
+        tmp.write_bytes(data)
+        os.replace(tmp, path)
     except BaseException:
-        Path(tmp).unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
         raise
+
+def usual_mode(
+    folder: Path,   # where a file will be made
+) -> int:           # permission bits
+    "Find the permissions that the umask gives a new file there."
+    sample = folder/f".mode{secrets.token_hex(4)}.tmp"
+    sample.touch()
+    try: return sample.stat().st_mode & 0o777
+    finally: sample.unlink()
+
+def set_modes(
+    folder: Path,   # with the files that a library wrote
+):
+    "Give all files of a directory the permissions of new ones."
+    mode = usual_mode(folder)
+    for f in folder.rglob("*"):
+        if f.is_file(): f.chmod(mode)
 
 def write_tensors(
     path: Path,             # file
@@ -205,6 +222,15 @@ class ProjectionHead(nn.Module):
         x = self.linear(x)
         return x if self.norm is None else self.norm(x)
 
+    def parts(self,
+        x: torch.Tensor,   # (n, d_in) vectors; their mean is what is projected
+    ) -> torch.Tensor:     # (n, d_out); their mean is the projection of that mean
+        "What each of several vectors contributes to the projection of their mean."
+        x = self.linear(x)
+        if self.norm is None: return x
+        spread = (x.mean(0).var(unbiased=False) + self.norm.eps).sqrt()
+        return (x - x.mean(-1, keepdim=True)) / spread * self.norm.weight + self.norm.bias
+
 # %% ../nbs/01_model.ipynb #5089fdfd
 OUTPUTS = ("dense", "lexical", "multi")
 
@@ -304,10 +330,11 @@ def save_directory(
     path = Path(path)
     if path.exists() and not path.is_dir(): raise ValueError(f"{path} is a file; a directory is wanted here")
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp"))
+    tmp = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
+    tmp.mkdir()
     try:
         write(tmp)
-        os.chmod(tmp, 0o755)
+        set_modes(tmp)
         if not path.exists(): os.replace(tmp, path)
         else:
             for f in sorted(tmp.iterdir()): os.replace(f, path/f.name)

@@ -9,7 +9,7 @@ __all__ = ['ABBREVIATIONS', 'count_parameters', 'start_pca', 'Examples', 'tidy',
            'sentence_modules', 'export_sentence_transformers', 'without_diacritics', 'typo', 'messy']
 
 # %% ../nbs/14_projection.ipynb #235f1b53
-import hashlib, json, math, random, re, shutil, tempfile, unicodedata
+import hashlib, json, math, random, re, secrets, shutil, unicodedata
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from .encoding import M3Encoder
 from .losses import info_nce
-from .model import M3Model, ProjectionHead, load_projection, pool, read_tensors, replace_file, write_tensors
+from .model import M3Model, ProjectionHead, load_projection, pool, read_tensors, replace_file, set_modes, write_tensors
 
 # %% ../nbs/14_projection.ipynb #a2f0d2e6
 def count_parameters(
@@ -497,7 +497,8 @@ def export_sentence_transformers(
     path, listed = Path(path), [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
     if path.exists() and not (path/"modules.json").is_file() and (path.is_file() or any(path.iterdir())): raise ValueError(f"{path} holds something else; give another path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp"))
+    tmp = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
+    tmp.mkdir()
     def write(file, content): (tmp/file).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     try:
         model.encoder.save_pretrained(tmp); model.tokenizer.save_pretrained(tmp)
@@ -509,7 +510,7 @@ def export_sentence_transformers(
         write("modules.json", listed); write("sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
         prompts = {"query": model.config.query_prompt, "document": model.config.passage_prompt, "passage": model.config.passage_prompt}
         write("config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"})
-        tmp.chmod(0o755)
+        set_modes(tmp)
         if path.exists(): shutil.rmtree(path)
         tmp.rename(path)
     finally: shutil.rmtree(tmp, ignore_errors=True)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PAPER_WEIGHTS', 'dense_scores', 'lexical_scores', 'text_blocks', 'fill_rows', 'best_matches', 'segment_means',
            'on_cores', 'maxsim_scores', 'maxsim_pairs', 'pair_scores', 'all_scores', 'named_weights', 'fuse', 'Token',
-           'read_tokens', 'Term', 'Match', 'Explanation', 'explain', 'draw_matches', 'mark_text', 'html_table',
-           'explanation_html']
+           'read_tokens', 'Term', 'Match', 'Explanation', 'dense_parts', 'explain', 'draw_matches', 'mark_text',
+           'html_table', 'explanation_html']
 
 # %% ../nbs/03_scoring.ipynb #660b1056
-from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from html import escape
 from typing import NamedTuple
@@ -17,8 +17,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .encoding import Embeddings, M3Encoder, check_texts, read_states
-from .model import OUTPUTS
+from .backbone import core_pool
+from .encoding import Embeddings, M3Encoder, check_texts, read_states, warn_truncated
+from .model import OUTPUTS, ProjectionHead
 
 # %% ../nbs/03_scoring.ipynb #be57c8ef
 def dense_scores(
@@ -82,11 +83,8 @@ def on_cores(
     tasks: list,   # of similar size
 ):
     "`work` on all tasks, each on a part of the cores."
-    threads = torch.get_num_threads(); workers = min(threads, len(tasks))
-    if workers < 2: return [work(t) for t in tasks]
-    try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads // workers,)) as pool: list(pool.map(work, tasks))
-    finally: torch.set_num_threads(threads)
+    if len(tasks) < 2: return [work(t) for t in tasks]
+    with core_pool(len(tasks)) as pool: return list(pool.map(work, tasks))
 
 def maxsim_scores(
     q: Embeddings,                       # queries, with `multi`
@@ -198,23 +196,28 @@ class Token(NamedTuple):
     part: str    # "text", "prompt" or "special"
 
 def read_tokens(
-    encoder: M3Encoder,   # its tokenizer cuts the text
+    encoder: M3Encoder,   # its tokenizer splits the text
     text: str,            # a query or a passage
     prompt: str = "",     # what is put before it
 ) -> list[Token]:
     "The tokens of a text as the encoder sees them. Raises ValueError without a tokenizer that knows characters."
-    tokenizer, ids = encoder.tokenizer, encoder.tokenize([text], prompt)[0]
-    if not tokenizer.is_fast: raise ValueError("this tokenizer does not tell which characters a token stands for; load the model with a fast tokenizer")
-    full, tokens = prompt + text, []
-    found = tokenizer([full], truncation=True, max_length=encoder.max_length, return_offsets_mapping=True)
-    spans, words = found["offset_mapping"][0], found.word_ids(0)
+    full, tokens, reader = prompt + text, [], encoder.text_tokenizer
+    found = reader.encode(full)
+    ids, spans, words = found.ids, found.offsets, found.word_ids
+    kept = reader.cut(list(range(len(ids))), encoder.max_length)
+    warn_truncated(int(len(kept) < len(ids)), 1, encoder.max_length)
     whole = {w: (spans[words.index(w)][0], spans[len(words) - 1 - words[::-1].index(w)][1]) for w in set(words) - {None}}
-    for n, (id, piece, (start, end), w) in enumerate(zip(ids, tokenizer.convert_ids_to_tokens(ids), spans, words)):
-        if w is None: tokens.append(Token(id, piece, piece, 0, 0, "special")); continue
+    for n in kept:
+        id, (start, end), w = ids[n], spans[n], words[n]
+        piece = encoder.tokenizer.convert_ids_to_tokens(id)
+        if w is None:
+            tokens.append(Token(id, piece, piece, 0, 0, "special"))
+            continue
         if not piece.strip("▁"): end = start                                   # a space of its own
         mark, shift = "##" if n and words[n - 1] == w else "", len(prompt) if end > len(prompt) else 0
         tokens.append(Token(id, mark + full[start:end], full[slice(*whole[w])], max(start - shift, 0), end - shift, "text" if shift or not prompt else "prompt"))
     return tokens
+
 
 # %% ../nbs/03_scoring.ipynb #49d03505
 class Term(NamedTuple):
@@ -280,10 +283,20 @@ class Explanation:
         return explanation_html(self)
 
 # %% ../nbs/03_scoring.ipynb #a5af7e4a
+@torch.inference_mode()
+def dense_parts(
+    hidden: torch.Tensor,          # (n, d) states of a text, on the CPU
+    head: ProjectionHead | None,   # the model's projection
+) -> torch.Tensor:                 # (n, d), or (n, d_out) with a projection; float64
+    "What each token adds to the dense vector of a model with mean pooling: the rows sum to it."
+    parts = hidden.double() / hidden.double().mean(0).norm()
+    if head is not None: parts = deepcopy(head).cpu().double().parts(parts)
+    return parts / (len(parts) * parts.mean(0).norm())
+
 def explain(
     encoder: M3Encoder,                  # makes the embeddings
     query: str,                          # a query
-    passage: str,                        # a passage; cut at the encoder's `max_length`
+    passage: str,                        # a passage; truncated to the encoder's `max_length`
     query_prompt: str | None = None,     # None: the model's own
     passage_prompt: str | None = None,   # None: the model's own
 ) -> Explanation:
@@ -301,7 +314,7 @@ def explain(
     order = sorted(zip(shared.indices.tolist(), shared.data.tolist()), key=lambda x: (-x[1], x[0]))   # as `words` sorts
     terms = [Term(t, name, float(q.lexical[0, t]), float(p.lexical[0, t]), x, x / shared.sum()) for (t, x), (name, _) in zip(order, encoder.words(shared)[0])]
     if config.pooling == "mean":
-        a, b = (h.double() / (len(h) * h.double().mean(0).norm()) for h in hidden)     # [tokens, d], the rows sum to the dense vector
+        a, b = (dense_parts(h, encoder.model.dense_head) for h in hidden)
         dense = (a @ b.T).numpy()
     return Explanation(texts, prompts, tokens, scores, terms, q.multi @ p.multi.T, dense)
 

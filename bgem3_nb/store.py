@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MULTI_DTYPES', 'FORMAT', 'INFO', 'pack', 'unpack', 'fingerprint', 'tokenizer_hash', 'text_keys', 'write_shard',
            'read_shard', 'shard_file', 'keep', 'read_info', 'EmbeddingStore', 'store_settings', 'writing', 'open_store',
-           'write_info', 'is_done', 'chunks', 'encode_corpus', 'to_keys', 'from_keys', 'pick', 'check_search', 'search',
-           'rerank']
+           'write_info', 'is_done', 'truncated_texts', 'chunks', 'encode_corpus', 'to_keys', 'from_keys', 'pick',
+           'check_search', 'search', 'rerank']
 
 # %% ../nbs/30_store.ipynb #9966a35d
 import json
@@ -22,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
-from .encoding import Embeddings, M3Encoder
-from .model import OUTPUTS, replace_file
+from .encoding import Embeddings, M3Encoder, check_container, warn_truncated
+from .model import OUTPUTS, replace_file, usual_mode
 from .scoring import all_scores, fuse, maxsim_scores, named_weights
 
 # %% ../nbs/30_store.ipynb #1138b9ee
@@ -88,6 +88,7 @@ def write_shard(
     e: Embeddings,        # of the shard's texts
     keys: np.ndarray,     # as `text_keys` gives them
     multi_dtype: str,     # one of `MULTI_DTYPES`
+    truncated: int = 0,   # texts of the shard that were longer than `max_length`
 ):
     "Write a shard under a temporary name, then rename it. Raises OSError naming the file."
     parts, temporary = {"keys": keys}, file.with_suffix(".tmp")
@@ -96,8 +97,10 @@ def write_shard(
     if (m := e.lexical) is not None:
         parts |= {"data": m.data, "indices": m.indices.astype(np.int32), "indptr": m.indptr.astype(np.int64), "shape": np.array(m.shape)}
     try:
-        save_file({k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in parts.items()}, temporary)
-        temporary.chmod(0o644); os.replace(temporary, file)
+        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in parts.items()}
+        save_file(tensors, temporary, {"truncated": str(truncated)})
+        temporary.chmod(usual_mode(file.parent))
+        os.replace(temporary, file)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise OSError(f"{file}: this shard could not be written ({error}). "
@@ -224,7 +227,7 @@ def open_store(
         others = sorted(p.name for p in path.iterdir() if p.name not in (".lock", INFO))
         if others: raise ValueError(f"{path}: there is something else in this directory ({others[0]}); give another path")
         info = wanted; write_info(path, info)
-    old, new = ({k: v for k, v in d.items() if k not in ("n", "model")} | d["model"] for d in (info, wanted))
+    old, new = ({k: v for k, v in d.items() if k not in ("n", "truncated", "model")} | d["model"] for d in (info, wanted))
     differ = [f"{k} {old.get(k)!r}, not {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)]
     if differ: raise ValueError(f"{path}: this store was made with {'; '.join(differ)}. Encode with what it was made with, or give another path")
     return info
@@ -249,12 +252,19 @@ def is_done(
         raise ValueError(f"{file}: the store holds more texts than the {first + len(keys)} that were given; give all of them, or another path")
     return len(old) == len(keys)
 
+def truncated_texts(
+    file: Path,       # a finished shard
+) -> int | None:      # None in a shard of an older version, which did not count them
+    "How many texts of a shard were truncated."
+    with safe_open(file, "pt") as shard: count = (shard.metadata() or {}).get("truncated")
+    return None if count is None else int(count)
+
 def chunks(
     texts: Iterable[str],   # any number
     size: int,              # of a chunk
 ) -> Iterator[list[str]]:
     "Lists of `size` texts, the last one shorter; one empty list where there are no texts."
-    if isinstance(texts, str): raise ValueError("texts must be strings in a list or a generator, not one string; write [text]")
+    check_container(texts)
     texts = iter(texts)
     part = list(islice(texts, size))
     yield part
@@ -267,13 +277,16 @@ def encode_corpus(
     path: str | Path,               # directory of the store, made if missing
     prompt: str | None = None,      # put before every text; None: the model's own passage prompt
     outputs: tuple = OUTPUTS,       # any of "dense", "lexical", "multi"
-    max_length: int | None = None,  # tokens after which a text is cut; None: the encoder's
+    max_length: int | None = None,  # tokens after which a text is truncated; None: the encoder's
     multi_dtype: str = "float16",   # one of `MULTI_DTYPES`
     shard_size: int = 1024,         # texts encoded and held at a time
     progress: bool = True,          # show a bar
 ) -> EmbeddingStore:
-    "Encode into a store, or finish one. Raises ValueError where a store is there of another model, setting or text."
-    path, n, quiet = Path(path), 0, copy(encoder)
+    """
+    Encode into a store, or finish one. Truncated texts are counted in `store.json` and warned of.
+    Raises ValueError where a store is there of another model, setting or text.
+    """
+    path, n, cut, quiet = Path(path), 0, [], copy(encoder)
     quiet.progress = False          # one bar for all shards
     wanted = store_settings(encoder, prompt, outputs, max_length, multi_dtype, shard_size)
     with writing(path), tqdm(desc="encode the corpus", unit="text", total=len(texts) if hasattr(texts, "__len__") else None, disable=not progress) as bar:
@@ -282,12 +295,16 @@ def encode_corpus(
             file, keys = shard_file(path, i), text_keys(part, n)
             if not is_done(file, keys, n):
                 if info["n"] is not None: write_info(path, info := wanted)      # from here on it is unfinished
-                e = quiet.encode(part, prompt=wanted["prompt"], outputs=tuple(wanted["outputs"]), max_length=wanted["max_length"])
-                write_shard(file, e, keys, multi_dtype)
+                settings = {k: wanted[k] for k in ("prompt", "outputs", "max_length")}
+                e, longer = quiet.encode_counted(part, **settings)
+                write_shard(file, e, keys, multi_dtype, longer)
             n += len(part); bar.update(len(part))
+            cut.append(truncated_texts(file))
         if shard_file(path, i + 1).exists():
             raise ValueError(f"{path}: the store holds more texts than the {n} that were given; give all of them, or another path")
-        if info["n"] != n: write_info(path, info | {"n": n})
+        truncated = None if None in cut else sum(cut)
+        if info["n"] != n: write_info(path, info | {"n": n, "truncated": truncated})
+    warn_truncated(truncated or 0, n, wanted["max_length"])
     return EmbeddingStore(path)
 
 # %% ../nbs/30_store.ipynb #c4fb5a06

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from .backbone import pick_device, pick_dtype
+from .backbone import TextTokenizer, pick_device, pick_dtype
 from .distillation import LOSS_WEIGHTS, TEACHERS, unified_loss
 from .encoding import M3Encoder, token_batches
 from .losses import flops_penalty, info_nce, lexical_matrix, margin_loss, score_matrices, teacher_loss
@@ -205,6 +205,7 @@ class M3Collator:
         chunk_tokens: int = 2048,   # token budget of a chunk
     ):
         self.tokenizer, self.config = model.tokenizer, model.config
+        self.text_tokenizer = TextTokenizer(model.tokenizer)
         self.query_length, self.passage_length, self.chunk_tokens = query_length, passage_length, chunk_tokens
 
     def __call__(self, examples: list[dict]) -> dict:
@@ -223,7 +224,7 @@ class M3Collator:
 
     def chunks(self, texts: list[str], length: int) -> tuple:
         "Texts as padded chunks, and the order in which they stand there."
-        ids = self.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+        ids, _ = self.text_tokenizer(texts, length)
         chunks = token_batches(np.array([len(i) for i in ids]), self.chunk_tokens)
         return [dict(self.tokenizer.pad({"input_ids": [ids[i] for i in c]}, return_tensors="pt")) for c in chunks], [i for c in chunks for i in c]
 
@@ -626,8 +627,7 @@ class M3Trainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         path, model = Path(output_dir or self.args.output_dir), self.model
         if parts := adapters(model.encoder):
-            path.mkdir(parents=True, exist_ok=True)
-            save_file(parts, path/ADAPTER_FILE)
+            replace_file(path/ADAPTER_FILE, save(parts))
             model = deepcopy(model)
             merge_lora(model.encoder)
         model.save_pretrained(path)

@@ -5,13 +5,16 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from bgem3_nb.encoding import Embeddings, EncoderPool, M3Encoder, out_of_memory
+from bgem3_nb.encoding import WINDOW, Embeddings, EncoderPool, M3Encoder, out_of_memory
 
 WORDS = {
     "vi": "Người lao động làm việc đủ mười hai tháng thì được nghỉ hằng năm hưởng nguyên lương theo hợp đồng; thuyền trưởng chỉ huy tàu biển.",
@@ -72,15 +75,20 @@ def test_company_does_not_matter(encoder, texts, budget):
 MEMORY = """
 import resource, torch
 from bgem3_nb.encoding import M3Encoder
-encoder = M3Encoder.from_pretrained("embedded", new_heads="identity", dtype=torch.float32, batch_tokens=200_000, progress=False)
+class Watched(M3Encoder):
+    def fit(self, batch, work, budget):
+        try: return super().fit(batch, work, budget)
+        finally: budgets.append(budget.tokens)
+budgets = []
+encoder = Watched.from_pretrained("embedded", new_heads="identity", dtype=torch.float32, batch_tokens=200_000, progress=False)
 texts = ["một hai ba bốn năm sáu " * 60 + str(i) for i in range(60)]
 small = M3Encoder(encoder.model, dtype=torch.float32, batch_tokens=1024, progress=False).encode(texts)
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + {spare} * 2**20,) * 2)
 large = encoder.encode(texts)
-assert encoder.batch_tokens < 200_000, encoder.batch_tokens
+assert budgets[-1] < 200_000 == encoder.batch_tokens, (budgets, encoder.batch_tokens)      # of this call alone
 assert abs(small.dense - large.dense).max() < 1e-5
-print("halved to", encoder.batch_tokens)
+print("halved to", budgets[-1])
 """
 
 
@@ -105,12 +113,70 @@ def test_other_errors_are_shown_as_they_are(encoder):
     assert len(encoder.encode(["a", "b"])) == 2
 
 
+def same(a, b):
+    "Whether two embeddings are equal, bit for bit."
+    return (all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("dense", "multi", "offsets")) and a.lexical.shape == b.lexical.shape
+            and all(np.array_equal(getattr(a.lexical, k), getattr(b.lexical, k)) for k in ("data", "indices", "indptr")))
+
+
+@pytest.mark.filterwarnings("ignore:.*were truncated")
+@pytest.mark.parametrize("packed", [True, False])
+def test_threads_get_what_one_thread_gets(encoder, packed):
+    "A web server: six threads, three lengths, a model that is in training, and others who use its tokenizer."
+    mine = M3Encoder(encoder.model, dtype=torch.float32, progress=False)
+    if not packed: mine.packed = None
+    sets, lengths, before = [random_texts(encoder, 6, seed=s)[2:6] for s in range(2)], (12, 24, 40), torch.get_num_threads()
+    wanted = {(i, n): mine.encode(sets[i], max_length=n) for i in range(2) for n in lengths}
+    assert len({w.offsets[-1] for w in wanted.values()}) == 3       # every text is longer than all three lengths
+    encoder.model.train()
+    def client(k):
+        for j in range(20 if packed else 6):
+            i, n = (j + k) % 2, lengths[k % 3]
+            encoder.tokenizer(sets[i], truncation=True, max_length=5, padding=True)
+            assert same(mine.encode(sets[i], max_length=n), wanted[i, n]) and encoder.model.training, (k, j)
+    try:
+        with ThreadPoolExecutor(6) as clients: list(clients.map(client, range(6)))
+    finally: encoder.model.eval()
+    with ThreadPoolExecutor(1) as fresh: assert torch.get_num_threads() == fresh.submit(torch.get_num_threads).result() == before
+
+
+def test_any_sequence_of_texts_at_any_length(encoder, monkeypatch):
+    "A window of texts and one more: the second window of a Series or an array was none."
+    column = pd.Series(["câu"] * WINDOW + ["khác"], index=range(7, WINDOW + 8))
+    whole = encoder.encode(column, outputs=("lexical",)).lexical
+    assert abs(whole[[0, WINDOW - 1, WINDOW]] - encoder.encode(["câu", "câu", "khác"], outputs=("lexical",)).lexical).max() < 1e-5
+    monkeypatch.setattr("bgem3_nb.encoding.WINDOW", 8)
+    texts = [f"câu {i}" for i in range(17)]
+    wanted, ids, table = encoder.encode(texts), encoder.tokenize(texts), pd.DataFrame({"text": texts}, index=range(7, 24))
+    for given in (tuple(texts), table["text"], table["text"].astype("string"), np.array(texts), np.array(texts, object), (t for t in texts)):
+        assert same(encoder.encode(given), wanted)
+    for given in (table["text"], iter(texts)): assert encoder.tokenize(given) == ids
+    for given, said in ((table, "not DataFrame"), (np.array([texts]), "not ndarray"), ({"a": "b"}, "not dict"), (b"a", "not bytes"), (3, "not int"), ("a", r"write \[text\]"),
+                        (pd.Series(["a", None]), "text 1 is"), (pd.Series(["a", None], dtype="string"), "text 1 is")):
+        with pytest.raises(ValueError, match=said): encoder.encode(given)
+
+
+@pytest.mark.parametrize("count,progress", [(1, False), (1, True), (80, False), (80, True)])
+def test_truncation_is_said_once(encoder, count, progress, monkeypatch):
+    monkeypatch.setattr("bgem3_nb.encoding.WINDOW", 32)       # 80 texts are three windows
+    texts = ["một hai ba bốn năm sáu bảy"] + ["ba"] * (count - 1)
+    mine = M3Encoder(encoder.model, dtype=torch.float32, max_length=5, progress=progress)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for encode in (mine.encode, mine.encode_passages): encode(texts, prompt="", outputs=("dense",))
+        mine.encode(["ba"] * count, outputs=("dense",))                      # exactly five tokens or fewer: nothing is lost
+    assert [str(w.message) for w in said] == [f"1 of {count:,} texts are longer than 5 tokens and were truncated; raise max_length as far as the model reads, or split them"] * 2
+    assert said[0].filename == __file__
+
+
 def test_a_pool_gives_the_same_and_says_when_a_process_dies(encoder):
     texts = random_texts(encoder, 30, seed=5) * 10    # more than one part
     with EncoderPool(encoder.model, ["cpu", "cpu"], dtype=torch.float32, max_length=64, progress=False) as pool:
         one, two = encoder.encode(texts, max_length=64), pool.encode(texts)
         assert np.allclose(one.dense, two.dense, atol=1e-5) and (one.offsets == two.offsets).all() and abs(one.lexical - two.lexical).max() < 1e-5
         assert len(pool.encode([])) == 0
+        said = f"{sum(len(i) > 64 for i in encoder.tokenize(texts))} of 300 texts are longer than 64 tokens"
+        with pytest.warns(UserWarning, match=said): pool.encode(pd.Series(texts))
         with pytest.raises(ValueError, match="text 1 is int"): pool.encode(["a", 3])
         with pytest.raises(ValueError, match="positions for 3 to 512"): pool.encode(["a"], max_length=9999)    # raised in the process, shown here
         victim = next(iter(pool.executor._processes))

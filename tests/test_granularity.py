@@ -4,13 +4,16 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import ByT5Tokenizer
 
+from bgem3_nb.backbone import TextTokenizer
 from bgem3_nb.encoding import M3Encoder
-from bgem3_nb.granularity import (LEVELS, passage_spans, pool_spans, sentence_spans, span_embeddings, token_states,
+from bgem3_nb.granularity import (LEVELS, mcls_embeddings, passage_spans, pool_spans, sentence_spans, span_embeddings, token_states,
                                   windows)
 
 TEXT = st.one_of(st.text(max_size=80), st.text("aÁ1.)! \n\r؟۔。…\"»é\u200bﷺ", max_size=80),
@@ -107,8 +110,23 @@ def test_a_lone_surrogate_keeps_its_place(encoder):
     assert part.spans.tolist() == [[0, 3], [4, 8]]
 
 
+def test_a_generator_of_texts(encoder):
+    texts = ["Một. Hai.", "Ba."]
+    for given in (iter(texts), pd.Series(texts, index=[5, 6])):
+        assert span_embeddings(encoder, given).text_index.tolist() == [0, 0, 1]
+    assert len(mcls_embeddings(encoder, iter(texts))) == 2
+
+
+def test_a_text_of_special_tokens_is_all_there(encoder):
+    text = "Thẻ <s> và </s>. <pad><mask> <unk>"
+    states = token_states(encoder, [text])
+    covered = {i for a, b in states.spans[0][states.own[0]] for i in range(a, b)}
+    assert covered == {i for i, c in enumerate(text) if c != " "}
+    np.testing.assert_allclose(pool_spans(states, "document").embeddings.dense, encoder.encode([text]).dense, atol=1e-5)
+
+
 def test_a_tokenizer_without_characters_is_named(encoder):
-    slow = SimpleNamespace(tokenizer=SimpleNamespace(is_fast=False), max_length=8, tokenize=lambda texts: [])
+    slow = SimpleNamespace(text_tokenizer=TextTokenizer(ByT5Tokenizer()), max_length=8, tokenize=lambda texts: [])
     with pytest.raises(ValueError, match="load its fast version"):
         token_states(slow, ["a"])
 

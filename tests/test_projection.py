@@ -1,5 +1,6 @@
 """The projection head: sentence-transformers gives the same vectors, a killed run resumes bit for bit, properties over random rows, the data set."""
 import json
+import os
 import subprocess
 import sys
 import time
@@ -53,6 +54,15 @@ def test_sentence_transformers_gives_the_same_vectors(tmp_path, tokenizer, pooli
     np.testing.assert_allclose(theirs.encode(TEXTS, prompt_name="query"), ours.encode_queries(TEXTS).dense, atol=1e-5)
     np.testing.assert_allclose(theirs.encode(TEXTS, prompt_name="passage"), ours.encode_passages(TEXTS).dense, atol=1e-5)
     assert {p.name for p in tmp_path.iterdir()} == {"st"}                                        # nothing temporary is left
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007])
+def test_an_export_has_the_permissions_of_the_umask(tmp_path, tokenizer, umask):
+    before = os.umask(umask)
+    try: export_sentence_transformers(M3WithHead(small_model(tokenizer, "cls"), ProjectionHead(32, 8)), tmp_path / "st")
+    finally: os.umask(before)
+    files = [f for f in (tmp_path / "st").rglob("*")] + [tmp_path / "st"]
+    assert all(f.stat().st_mode & 0o777 == (0o777 if f.is_dir() else 0o666) & ~umask for f in files) and len(files) > 8
 
 
 def test_every_encoder_that_opens_the_directory_projects(tmp_path, tokenizer):

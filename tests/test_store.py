@@ -1,7 +1,8 @@
 """What the notebook 30_store cannot hold: kills, a second writer, a full disk, and many random searches."""
-import os, signal, subprocess, sys, time
+import json, os, signal, subprocess, sys, time
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.sparse import csr_matrix
@@ -96,6 +97,28 @@ def test_killed_runs_are_finished_bit_for_bit(tmp_path, checkpoint, encoder, env
     whole = encode_corpus(encoder, TEXTS, tmp_path / "whole", shard_size=SHARD, progress=False)
     assert equal(EmbeddingStore(path).embeddings(), whole.embeddings())
     for a, b in zip(sorted(path.glob("*.safetensors")), sorted(whole.path.glob("*.safetensors"))): assert a.read_bytes() == b.read_bytes()
+
+
+def test_truncated_texts_are_counted_over_all_runs(tmp_path, encoder):
+    long = [" ".join(["w3"] * (30 if i % 10 == 0 else 3)) for i in range(100)]
+    def stopped():
+        yield from long[:40]
+        raise KeyboardInterrupt
+    encode = lambda texts: encode_corpus(encoder, texts, tmp_path / "store", max_length=20, shard_size=SHARD, progress=False)
+    with pytest.raises(KeyboardInterrupt): encode(stopped())
+    with pytest.warns(UserWarning, match="10 of 100 texts are longer than 20 tokens") as said: store = encode(pd.Series(long))
+    assert len(said) == 1 and store.info["truncated"] == 10 == json.loads((tmp_path / "store" / "store.json").read_text())["truncated"]
+    with pytest.warns(UserWarning, match="10 of 100 texts"): assert encode(iter(long)).info == store.info        # complete: said again
+    assert encode_corpus(encoder, long, tmp_path / "whole", shard_size=SHARD, progress=False).info["truncated"] == 0
+    for given in ("w1", {"w1": 1}, pd.DataFrame({"w1": long})):
+        with pytest.raises(ValueError, match="texts must be a list"): encode(given)
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path, encoder):
+    before = os.umask(0o027)
+    try: encode_corpus(encoder, TEXTS[:20], tmp_path / "store", shard_size=SHARD, progress=False)
+    finally: os.umask(before)
+    assert {f.stat().st_mode & 0o777 for f in (tmp_path / "store").iterdir() if f.name != ".lock"} == {0o640}
 
 
 def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path, checkpoint, encoder, env):
