@@ -95,6 +95,7 @@ def jobs():
 
 def site():
     "The site builds, and every page, formula and link of it holds."
+    if sys.version_info < (3, 11) and not shutil.which("quarto"): return print("not built here: smalldocs needs Python 3.11, and there is no Quarto")
     copy = copy_tree(work / "site")
     call(sys.executable, "tools/docs.py", cwd=copy, env=offline | {"PYTHONPATH": f"{offline['PYTHONPATH']}{os.pathsep}{copy}"})
 
