@@ -67,3 +67,25 @@ def test_the_projects_own_data_from_anywhere(tmp_path, launch):
     assert f"'{REPO}/data/company'" in plan and "default (the project's own data)" in plan
     (tmp_path/"data"/"company").mkdir(parents=True)
     assert "'data/company' " in launch("prepare", "--dry-run").stdout
+
+
+def test_what_defaults_and_parameter_files_name_is_in_the_wheel(tmp_path, monkeypatch):
+    "Every file `data/…` that a job's default or a parameter file names is found from anywhere, and setup.py packs it."
+    import ast
+    from bgem3_nb.jobs import JobError, find_jobs, plan_job
+    monkeypatch.chdir(tmp_path)
+    packed = next(ast.literal_eval(n.value) for n in ast.parse((REPO/"setup.py").read_text()).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "JOB_FILES")
+    packed = {f for p in packed["data"] for f in (REPO/"data").glob(p)}
+    def texts(value):
+        if isinstance(value, (list, dict)): return [t for v in (value.values() if isinstance(value, dict) else value) for t in texts(v)]
+        return [value] if isinstance(value, str) else []
+    found = set()
+    for name in find_jobs():
+        for file in [None, *sorted((REPO/"params").glob("*.yaml"))]:
+            try: plan = plan_job(name, [str(file)] if file else [])
+            except JobError: continue                                            # a file of another job
+            named = [t for k, v in plan.values.items() if k != "out" for t in texts(v)]
+            assert not [t for t in named if t.startswith("data/")], (name, file, named)
+            found |= {t for t in named if t.startswith(str(REPO/"data"))}
+    assert {str(REPO/"data"/n) for n in ("company", "company/documents", "law_mini.jsonl", "rental/listings.json")} <= found
+    for path in found: assert any(f == REPO/path or str(f).startswith(path + "/") for f in packed), path
