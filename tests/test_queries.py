@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("openai")
+import openai  # noqa: F401 (in the extras `queries` and `dev`: without it these tests fail)
 
 from bgem3_nb.queries import Answer, AnswerCache, Budget, Endpoint, EndpointError, generate_queries
 from bgem3_nb.rows import read_rows
