@@ -27,15 +27,18 @@ extras["all"] = sorted({r for k, needs in extras.items() if k != "dev" for r in 
 extras["dev"] = sorted({*extras["dev"], *extras["all"]})
 
 
+JOB_FILES = {"nbs": ["5[0-9]_*.ipynb"], "params": ["*.yaml"],
+             "data": ["law_mini.jsonl", "company/**/*.[jm]*", "rental/*.json"]}   # what defaults and parameter files name
+
+
 class BuildWithJobs(build_py):
-    "Put the job notebooks and their parameter files into the wheel, where `bgem3-job` finds them."
+    "Put the job notebooks, their parameter files and the small data sets into the wheel, where `bgem3-job` finds them."
     def run(self):
         super().run()
-        for folder, pattern in (("nbs", "5[0-9]_*.ipynb"), ("params", "*.yaml")):
-            for src in sorted((here / folder).glob(pattern)):
-                dst = Path(self.build_lib) / cfg["lib_name"] / "job_files" / folder / src.name
-                dst.parent.mkdir(parents=True, exist_ok=True)
-                copyfile(src, dst)
+        for src in sorted(f for folder, patterns in JOB_FILES.items() for p in patterns for f in (here / folder).glob(p)):
+            dst = Path(self.build_lib) / cfg["lib_name"] / "job_files" / src.relative_to(here)
+            dst.parent.mkdir(parents=True, exist_ok=True)
+            copyfile(src, dst)
 
 
 setup(

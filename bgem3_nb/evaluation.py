@@ -13,13 +13,21 @@ import unicodedata
 from dataclasses import dataclass
 
 import bm25s
-import ir_measures
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 from scipy.stats import bootstrap, permutation_test
 
 from .scoring import fuse
+
+# %% ../nbs/31_evaluation.ipynb #4aceb6e4
+def _ir_measures():
+    "The package ir-measures, or an ImportError that says how to get it."
+    try: import ir_measures
+    except ImportError:
+        raise ImportError("metrics are computed by the package ir-measures; run: pip install ir-measures. On Linux on Arm "
+                          "this builds its part pytrec_eval-terrier, which needs a C compiler and GitHub") from None
+    return ir_measures
 
 # %% ../nbs/31_evaluation.ipynb #cf147dfa
 def _checked(scores, qrels):
@@ -89,6 +97,7 @@ def evaluate_scores(
     metrics: tuple[str, ...] = METRICS,  # names that ir-measures knows, for relevance 0 or 1
 ) -> Evaluation:
     "Metrics of every query by ir-measures, with ties against the system. Raises ValueError on bad shapes, NaN or an empty qrel."
+    ir_measures = _ir_measures()
     try: measures = {ir_measures.parse_measure(m): m for m in metrics}
     except (NameError, ValueError) as e: raise ValueError(f"metrics {metrics}: {e}") from e
     cutoffs = [m.params.get("cutoff") for m in measures]

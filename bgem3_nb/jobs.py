@@ -201,6 +201,22 @@ def read_params(
         found[key.value] = (data.get(key.value), where)
     return found
 
+# %% ../nbs/41_jobs.ipynb #71c0de02
+def _refuse_keys(name, value, where):
+    "A JobError, which does not repeat it, for a value that holds a key or a password."
+    if not isinstance(value, (str, list, dict)): return
+    from bgem3_nb.queries import refuse_keys
+    try: refuse_keys(value, name)
+    except ValueError as e: raise JobError(str(e) if where.startswith("-") else f"{where}: {e}") from None
+
+
+def _own_data(value):
+    "The value, with the project's own files for paths `data/…` that are not where one stands."
+    if isinstance(value, list): return [_own_data(v) for v in value]
+    if isinstance(value, dict): return {k: _own_data(v) for k, v in value.items()}
+    if not isinstance(value, str) or not value.startswith("data/") or Path(value).exists(): return value
+    return next((str(root / value) for root in job_roots() if (root / value).exists()), value)
+
 # %% ../nbs/41_jobs.ipynb #f385b41c
 @dataclass
 class JobPlan:
@@ -259,8 +275,11 @@ def plan_job(
     on_line = [k for k, _, where, _ in given if where.startswith("-")]
     for k in on_line:
         if on_line.count(k) > 1: raise JobError(f"parameter {k!r} is given twice on the command line")
+    for k, v, where, _ in given: _refuse_keys(k, v, where)
     if files: values["out"], origins["out"] = f"data/runs/{Path(files[-1]).stem}", "name of the parameter file"
     for k, v, where, read in given: values[k], origins[k] = _checked(name, known, k, v, where, read), where
+    for k, v in values.items():
+        if k != "out" and (own := _own_data(v)) != v: values[k], origins[k] = own, f"{origins[k]} (the project's own data)"
     values["out"] = values["out"] or f"data/runs/{name}"
     return JobPlan(name, path, values, origins, Path(values["out"]))
 

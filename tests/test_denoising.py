@@ -1,4 +1,5 @@
 """Rules: their measures against plain definitions, invariances of the comparison, counts that add up, files of a person."""
+import csv
 import unicodedata
 
 import numpy as np
@@ -108,3 +109,17 @@ def test_a_review_survives_a_spreadsheet(tmp_path):
     assert d.pairs.reason.tolist() == ["labelled positive", "ratio", ""]
     (tmp_path/"bad.csv").write_text("query,candidate,label\na,b,ja\n")
     with pytest.raises(RowError, match="bad.csv, line 2, field 'label'"): read_review(tmp_path/"bad.csv")
+
+
+def test_no_text_is_a_formula_in_a_spreadsheet(tmp_path):
+    "Cells that a spreadsheet would run get an apostrophe, also where the text had one; the labels still meet their pairs."
+    texts = ["=HYPERLINK(\"http://x\")", "@SUM(1)", "+1", "-1", "'=1", "'tis = fine", "1-1"]
+    data = RetrievalSet(["=cmd|' /C calc'!A0"], ["q"], texts, list("abcdefg"), [{0}])
+    d = Draw(pairs_of(7).assign(score=.68), {"0-9": 6}, [{0}], "dense", {"top_up": "none"})
+    n = write_review(tmp_path/"r.csv", d, data, low=0, high=9)
+    with open(tmp_path/"r.csv", encoding="utf-8-sig", newline="") as f: table = list(csv.DictReader(f))
+    assert all(row[name][:1] not in set("=+-@\t\r") for row in table for name in ("query", "positive", "candidate"))
+    assert {row["candidate"] for row in table} >= {"'@SUM(1)", "'+1", "'-1", "''=1", "'tis = fine", "1-1"}
+    with open(tmp_path/"r.csv", "w", encoding="utf-8", newline="") as f:
+        out = csv.DictWriter(f, list(table[0])); out.writeheader(); out.writerows(row | {"label": "negative"} for row in table)
+    assert apply_labels(d, data, read_review(tmp_path/"r.csv")) == {"labelled positive": 0, "labelled negative": n, "labels without a pair": 0}

@@ -95,7 +95,7 @@ print("halved to", budgets[-1])
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on the address space are Linux's")
 def test_true_lack_of_memory_halves_the_budget(env):
     one = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}   # glibc sets 128 MB of addresses aside for each thread that allocates, which is most of what is spare
-    done = subprocess.run([sys.executable, "-c", MEMORY.replace("{spare}", "150")], env={**env, **one}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", MEMORY.replace("{spare}", "150")], env={**env, **one}, capture_output=True, text=True, timeout=600)
     assert "halved to" in done.stdout, done.stderr[-6000:]
 
 

@@ -47,3 +47,45 @@ def test_a_dry_run_asks_nobody(tmp_path, launch):
     assert done.returncode == 0, done.stderr
     assert "A dry run: nothing was asked" in done.stdout and (tmp_path/"run"/"queries"/"prompts.jsonl").is_file()
     assert not (tmp_path/"run"/"train.jsonl").exists()
+
+
+def test_a_key_never_reaches_the_disk(tmp_path, launch):
+    "As a value, as a name of a variable, in a URL, in a parameter file: refused before a notebook is written, and not repeated."
+    secret = "sk-" + "a1B2" * 8
+    (tmp_path/"mine.yaml").write_text(f"write_queries: llm\nendpoint:\n  model: m\n  api_key: {secret}\n")
+    for words in (["-p", "endpoint", json.dumps({"model": "m", "api_key": secret})], ["-p", "endpoint", f'{{"api_key": "{secret}"'], ["-p", "endpoint", json.dumps({"key_env": secret})],
+                  ["-p", "endpoint", json.dumps({"base_url": f"https://me:{secret}@127.0.0.1/v1"})], ["-p", "model", secret], ["-f", "mine.yaml"]):
+        done = launch("prepare", *words, "--out", "run")
+        assert done.returncode == 1 and "key" in done.stderr and secret not in done.stdout + done.stderr and done.stderr.count("\n") == 1, (words, done.stderr)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.yaml"]
+    assert "mine.yaml, line 2: api_key" in done.stderr
+
+
+def test_the_projects_own_data_from_anywhere(tmp_path, launch):
+    "The job's defaults, in an empty directory; a file of that name where one stands comes first."
+    plan = launch("prepare", "--dry-run").stdout
+    assert f"'{REPO}/data/company'" in plan and "default (the project's own data)" in plan
+    (tmp_path/"data"/"company").mkdir(parents=True)
+    assert "'data/company' " in launch("prepare", "--dry-run").stdout
+
+
+def test_what_defaults_and_parameter_files_name_is_in_the_wheel(tmp_path, monkeypatch):
+    "Every file `data/…` that a job's default or a parameter file names is found from anywhere, and setup.py packs it."
+    import ast
+    from bgem3_nb.jobs import JobError, find_jobs, plan_job
+    monkeypatch.chdir(tmp_path)
+    packed = next(ast.literal_eval(n.value) for n in ast.parse((REPO/"setup.py").read_text()).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "JOB_FILES")
+    packed = {f for p in packed["data"] for f in (REPO/"data").glob(p)}
+    def texts(value):
+        if isinstance(value, (list, dict)): return [t for v in (value.values() if isinstance(value, dict) else value) for t in texts(v)]
+        return [value] if isinstance(value, str) else []
+    found = set()
+    for name in find_jobs():
+        for file in [None, *sorted((REPO/"params").glob("*.yaml"))]:
+            try: plan = plan_job(name, [str(file)] if file else [])
+            except JobError: continue                                            # a file of another job
+            named = [t for k, v in plan.values.items() if k != "out" for t in texts(v)]
+            assert not [t for t in named if t.startswith("data/")], (name, file, named)
+            found |= {t for t in named if t.startswith(str(REPO/"data"))}
+    assert {str(REPO/"data"/n) for n in ("company", "company/documents", "law_mini.jsonl", "rental/listings.json")} <= found
+    for path in found: assert any(f == REPO/path or str(f).startswith(path + "/") for f in packed), path

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-pytest.importorskip("openai")
+import openai  # noqa: F401 (in the extras `queries` and `dev`: without it these tests fail)
 
 from bgem3_nb.queries import Answer, AnswerCache, Budget, Endpoint, EndpointError, generate_queries
 from bgem3_nb.rows import read_rows
@@ -43,6 +43,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.most = max(self.server.most, self.server.now)
             script = self.server.script.get(text, [])
             action = script.pop(0) if script else self.server.default
+            self.server.done.append((action, call))
         try: self.act(action, text, call)
         except (BrokenPipeError, ConnectionResetError): self.close_connection = True
         finally:
@@ -57,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         kind, _, detail = str(action).partition(" ")
         if kind == "ok": self.complete(good)
         elif kind == "slow": time.sleep(float(detail)); self.complete(good)
-        elif kind == "hold": self.server.release.wait(20); self.complete(good)
+        elif kind == "hold": self.server.release.wait(600); self.complete(good)
         elif kind == "priced": self.complete(good, usage=USAGE | {"cost": float(detail)})
         elif kind == "oddcost": self.complete(good, usage=USAGE | {"cost": "free"})
         elif kind == "uncounted": self.complete(good, usage=None)
@@ -80,7 +81,7 @@ def server():
     "A server with `script` (passage text -> what it does, in turn), `default`, and what it has `seen`."
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads, server.lock, server.release = True, threading.Lock(), threading.Event()
-    server.script, server.default, server.seen, server.now, server.most = {}, "ok", [], 0, 0
+    server.script, server.default, server.seen, server.done, server.now, server.most = {}, "ok", [], [], 0, 0
     server.url = f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": .02}, daemon=True).start()
     yield server
@@ -94,7 +95,7 @@ def ask(server, tmp_path):
     "Runs over passages p0, p1, …; settings of the endpoint and of the run by name."
     def run(n=3, **more):
         names = {name: more.pop(name) for name in list(more) if name in Endpoint.__dataclass_fields__}
-        endpoint = Endpoint(**{"model": "m", "base_url": server.url, "retries": 2, "timeout": 5} | names)
+        endpoint = Endpoint(**{"model": "m", "base_url": server.url, "retries": 2, "timeout": 60} | names)
         out = generate_queries(passages(n), endpoint, tmp_path / "cache.sqlite", **{"types": TYPES, "progress": False, "concurrency": 4} | more)
         check(out, n)
         return out
@@ -147,7 +148,7 @@ def test_throttled_waits_as_long_as_asked(server, ask):
     server.script = {"p0": ["throttle 1"]}
     out = ask(2, retries=1)
     first, second = [at for text, at, *_ in server.seen if text == "p0"]
-    assert 1 <= second - first < 3 and out.report["retries"] == 1 and not out.failed
+    assert 1 <= second - first < 30 and out.report["retries"] == 1 and not out.failed
 
 
 def test_throttled_for_too_long_fails_with_the_time_asked(server, ask):
@@ -156,12 +157,12 @@ def test_throttled_for_too_long_fails_with_the_time_asked(server, ask):
     assert "asks to wait 3600 s" in out.failed[0]["reason"] and asked(server)["p0"] == 1
 
 
-@pytest.mark.parametrize("action, reason", [("slow 3", "within 0.2 s (2 times)"), ("hangup", "no connection"), ("half", "no connection"), ("status 500", "status 500"),
+@pytest.mark.parametrize("action, reason", [("slow 9", "within 1.5 s (2 times)"), ("hangup", "no connection"), ("half", "no connection"), ("status 500", "status 500"),
                                             ("html", "no chat completion: '<html>"), ("brokenbody", "no chat completion"), ("error200", "provider down")])
 def test_on_the_way(server, ask, tmp_path, action, reason):
     "Trouble once is repeated; trouble for ever is a failure with its reason, and no paid answer."
     server.script = {"p0": [action], "p1": [action] * 9}
-    out = ask(3, retries=1, timeout=.2 if "slow" in action else 5)
+    out = ask(3, retries=1, timeout=1.5 if "slow" in action else 60)
     assert [f["id"] for f in out.failed] == ["id1"] and reason in out.failed[0]["reason"]
     assert asked(server) == {"p0": 2, "p1": 2, "p2": 1} and (out.report["retries"], out.report["calls"]) == (2, 2)
     server.script = {}
@@ -231,15 +232,69 @@ def test_pilot_dry_run_and_full(server, ask, tmp_path):
     assert asked(server) == {f"p{i}": 1 for i in range(20)}
 
 
+PRICES = dict(price_in=100, price_out=1000, max_tokens=60)                       # a call costs 0.07, and at most about 0.25
+
 def test_budget_is_never_overrun(server, ask):
     server.default = "slow 0.01"
-    prices = dict(price_in=1000, price_out=1000, max_tokens=60)                  # a call costs 0.25
-    out = ask(40, budget=2.1, concurrency=8, **prices)
-    assert out.report["cost"] <= 2.1 and out.report["with_queries"] == len(server.seen) >= 5 and "the budget of 2.1 has" in out.report["stopped"]
-    assert ask(40, budget=2.1, concurrency=8, **prices).report["calls"] == 0     # earlier runs count
-    more = ask(40, budget=4, concurrency=8, **prices)
-    assert 2.1 < more.report["cost_with_cache"] <= 4 and max(asked(server).values()) == 1
-    assert ask(3, budget=.01, **prices | {"max_tokens": 61}).report["not_reached"] == 3     # not even one: no error, nothing spent
+    out = ask(40, budget=1.1, concurrency=8, **PRICES)
+    assert out.report["cost"] <= 1.1 and out.report["with_queries"] == len(server.seen) >= 5 and "the budget of 1.1 has" in out.report["stopped"]
+    assert ask(40, budget=1.1, concurrency=8, **PRICES).report["calls"] == 0     # earlier runs count
+    more = ask(40, budget=2, concurrency=8, **PRICES)
+    assert 1.1 < more.report["cost_with_cache"] <= 2 and max(asked(server).values()) == 1
+    assert ask(3, budget=.01, **PRICES | {"max_tokens": 61}).report["not_reached"] == 3     # not even one: no error, nothing spent
+
+
+def billed(server):
+    "What a provider could put on the bill for all that the server saw: all but what it refused."
+    def tokens(call): return (len(json.dumps(call["messages"], ensure_ascii=False).encode()), call["max_tokens"])
+    counted = {"ok": (200, 50), "say": (200, 50)}
+    free = ("throttle", "status 4")
+    return sum((100 * i + 1000 * o) / 1e6 for action, call in server.done if not action.startswith(free)
+               for i, o in [counted.get(action.split()[0]) or tokens(call)])
+
+
+@pytest.mark.parametrize("retries, tries", [(0, 1), (2, 3)])
+@pytest.mark.parametrize("trouble", ["slow 9", "hangup", "half", "status 500", "status 429", "html", "error200", "say nothing"])
+def test_budget_holds_whatever_fails(server, ask, trouble, retries, tries):
+    "With all the calls that run side by side, that are repeated, that time out: the bill stays below the budget, and below the estimate."
+    settings = PRICES | dict(timeout=.15 if "slow" in trouble else 60, retries=retries, tries=tries, concurrency=8, give_up=99)
+    server.script = {f"p{i}": [trouble] * (i % 3) for i in range(12)}            # none, one or two times
+    def promised(**more): return ask(12, dry_run=True, **settings, **more).report["estimate"]["cost_at_most"]
+    assert promised(budget=1) == 1 < promised()
+    out = ask(12, budget=1, **settings)
+    assert 0 < billed(server) <= out.report["cost"] + 1e-6 <= 1 + 2e-6
+    before, most = billed(server), promised()
+    more = ask(12, **settings)                                                   # without a budget
+    assert billed(server) <= more.report["cost_with_cache"] + 1e-6 and billed(server) - before <= most and not more.not_reached
+    known = trouble in ("status 429", "say nothing")
+    if known: assert out.report["lost"] == 0 and out.report["cost"] == pytest.approx(before, abs=1e-5)
+    else: assert out.report["lost"] and out.report["not_reached"] and "the budget of 1 has" in out.report["stopped"]
+
+
+def test_lost_calls_count_in_the_next_run(server, ask, tmp_path, env):
+    "Calls that got no answer, because they timed out or the process was killed, may have been paid for."
+    server.script = {"p0": ["slow 2"] * 2}
+    with pytest.raises(EndpointError) as e: ask(1, timeout=.5, retries=1, **PRICES)
+    first = e.value.generated.report
+    assert first["lost"] == 2 and first["calls"] == 0 and .2 < first["cost"] < .6
+    again = ask(1, **PRICES).report
+    assert again["lost"] == 0 and again["cost"] == pytest.approx(.07) and again["cost_with_cache"] == pytest.approx(first["cost"] + .07, abs=1e-5)
+    server.script = {f"p{i}": ["hold"] for i in range(1, 5)}
+    process = child(server, tmp_path, env, 5)
+    wait_for(lambda: server.now == 4, process)
+    process.kill()
+    process.wait(60)
+    killed = ask(5, dry_run=True, budget=9, **dict(price_in=100, price_out=1000)).report["estimate"]["cost_at_most"]
+    assert 9 - killed > 4
+
+
+def test_a_price_that_is_not_true_stops_the_run(server, ask):
+    "The first call goes alone; what it cost shows that the prices are wrong."
+    server.default = "priced 0.5"
+    out = ask(20, budget=1, concurrency=8, **PRICES)
+    assert len(server.seen) == 1 and out.report["cost"] == .5 and "a call cost 0.5, but by price_in" in out.report["stopped"]
+    server.default = "priced -7"                                                 # nonsense is not taken off what was spent
+    assert ask(21, price_in=1, price_out=1).report["cost"] > 0
 
 
 def test_cost_as_the_endpoint_says_it(server, ask):
@@ -266,14 +321,18 @@ def test_budget_with_threads(limit, calls):
 
 
 def child(server, tmp_path, env, n):
-    code = ("import sys; from bgem3_nb.queries import *\n"
+    code = ("import signal, sys; from bgem3_nb.queries import *\n"
+            "def interrupted(*_): print('interrupted', flush=True); raise KeyboardInterrupt\n"
+            "signal.signal(signal.SIGINT, interrupted)\n"
             f"passages = [{{'id': f'id{{i}}', 'text': f'p{{i}}', 'language': 'en', 'domain': 'd'}} for i in range({n})]\n"
-            f"generate_queries(passages, Endpoint('m', {server.url!r}, retries=2, timeout=5), {str(tmp_path / 'cache.sqlite')!r}, types={TYPES}, concurrency=4, progress=False)")
-    return subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True)
+            f"generate_queries(passages, Endpoint('m', {server.url!r}, retries=2, timeout=600), {str(tmp_path / 'cache.sqlite')!r}, types={TYPES}, concurrency=4, progress=False)")
+    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-def wait_for(condition, seconds=30):
+def wait_for(condition, process, seconds=300):
+    "Waits as long as a busy machine needs; a process that ends before it is a failure."
     end = time.monotonic() + seconds
     while not condition():
+        assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < end, "waited in vain"
         time.sleep(.02)
 
@@ -282,9 +341,9 @@ def test_killed_run_repeats_no_paid_call(server, ask, tmp_path, env):
     "SIGKILL with four calls under way: only those four, which were never answered, are asked a second time."
     server.script = {f"p{i}": ["hold"] for i in range(16, 20)}
     process = child(server, tmp_path, env, 30)
-    wait_for(lambda: server.now == 4 and len(server.seen) == 20)
+    wait_for(lambda: server.now == 4 and len(server.seen) == 20, process)
     process.send_signal(signal.SIGKILL)
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(60) == -signal.SIGKILL
     server.script = {}
     out = ask(30)
     assert out.report["with_queries"] == 30 and (out.report["cached"], out.report["calls"]) == (16, 14)
@@ -294,11 +353,12 @@ def test_killed_run_repeats_no_paid_call(server, ask, tmp_path, env):
 def test_interrupted_run_keeps_the_calls_under_way(server, ask, tmp_path, env):
     server.script = {f"p{i}": ["hold"] for i in range(4, 8)}
     process = child(server, tmp_path, env, 30)
-    wait_for(lambda: server.now == 4 and len(server.seen) == 8)
+    wait_for(lambda: server.now == 4 and len(server.seen) == 8, process)
     process.send_signal(signal.SIGINT)
-    time.sleep(.3)
+    assert process.stdout.readline() == "interrupted\n"
+    time.sleep(.3)                                                               # it has to tell its threads
     server.release.set()
-    assert "KeyboardInterrupt" in process.communicate(timeout=20)[1] and process.returncode
+    assert "KeyboardInterrupt" in process.communicate(timeout=120)[1] and process.returncode
     assert len(server.seen) == 8 and ask(30).report["cached"] == 8
     assert max(asked(server).values()) == 1
 

@@ -169,7 +169,7 @@ assert (len(rs), len(rs.passages)) == (60, 114), (len(rs), len(rs.passages))
 
 
 def test_killed_extraction_leaves_no_cache(tmp_path, monkeypatch):
-    pytest.importorskip("whoosh")
+    import whoosh  # noqa: F401
     import bgem3_nb.sources as sources
     monkeypatch.setenv("BGEM3_NB_CACHE", str(tmp_path))
     monkeypatch.setattr(sources, "_read_index", lambda folder: [{"id": "1:1"}])

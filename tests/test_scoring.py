@@ -116,7 +116,7 @@ def test_memory_of_pairs_is_linear():
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, {m: s.shape for m, s in scores.items()}, file=sys.stderr)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024
     """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert not done.returncode, done.stderr
 
 
@@ -135,8 +135,8 @@ def encoder(checkpoint): return M3Encoder.from_pretrained(checkpoint, dtype=torc
 
 @pytest.fixture(scope="module")
 def reference(checkpoint):
-    flag = pytest.importorskip("FlagEmbedding")
-    return flag.BGEM3FlagModel(str(checkpoint), use_fp16=False, devices="cpu", pooling_method="mean")
+    from FlagEmbedding import BGEM3FlagModel   # where it cannot be imported, these tests fail: they are why it is in `dev`
+    return BGEM3FlagModel(str(checkpoint), use_fp16=False, devices="cpu", pooling_method="mean")
 
 
 def ours(encoder, weights=(1, 1, 1)):

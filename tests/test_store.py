@@ -69,7 +69,7 @@ encode_corpus(M3Encoder.from_pretrained(sys.argv[1], max_length=64, progress=Fal
 """
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=600):
     "Until the condition holds; a process that ended before is an error."
     end = time.monotonic() + seconds
     while not condition():

@@ -21,7 +21,7 @@ def start(*words, launcher=()):
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=300)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     return output
 
@@ -31,7 +31,7 @@ def unfinished(out):
     return [p for p in Path(out).glob("checkpoint-*") if not (p / "trainer_state.json").exists()]
 
 
-def kill_when(process, condition, patience=120):
+def kill_when(process, condition, patience=600):
     end = time.time() + patience
     while process.poll() is None and not condition():
         assert time.time() < end

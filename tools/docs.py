@@ -1,7 +1,8 @@
 """Build the site: Quarto's, in _docs, where `quarto` is on the PATH, and otherwise a smoke build of the same pages and the
 same configuration with smalldocs, in _site. No notebook is executed but for its imports and exported cells, which nbdev runs
-to describe functions. The build fails when a chapter has no page, or when a page shows an error, a formula that is
-not one, or a link or picture that leads nowhere."""
+to describe functions. The build fails when two notebooks would become the same page, when a chapter has no page, or when a
+page shows an error, a formula that is not one, Markdown that was not read as such, or a link or picture that leads nowhere."""
+import json
 import re
 import shutil
 import subprocess
@@ -18,6 +19,54 @@ from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
 PARTS = {"0": "Model", "1": "Training", "2": "Data", "3": "Search and evaluation", "4": "Sources and jobs", "5": "Jobs, executed", "6": "Case studies"}
+
+
+LINK = r"\[(`[^`\n]*`)\]\(([^()\s]*)\)"   # a name in backticks, as nbdev links it
+
+
+def page_name(notebook):
+    "The page of a notebook: its name without the number, as nbdev names it."
+    return re.sub(r"^\d\d_", "", Path(notebook).stem)
+
+
+def same_pages(notebooks):
+    "Sentences that name the notebooks that would become one page; Quarto fails on them only after all other pages."
+    by_page = {}
+    for nb in notebooks: by_page.setdefault(page_name(nb), []).append(Path(nb).name)
+    return [f"{' and '.join(names)} would both become {page}.html; rename one" for page, names in by_page.items() if len(names) > 1]
+
+
+def without_extra_links(markdown, leads_nowhere=lambda url: False):
+    """The Markdown without the links that nbdev put where none can be: it links names in backticks line by line, in an
+    output also within fenced code (the comments of a signature), in prose also within the text of another link, and
+    to names that have no heading on their page."""
+    out, fenced = [], False
+    for line in markdown.splitlines(keepends=True):
+        if line.lstrip().startswith("```"): fenced = not fenced
+        else: line = re.sub(LINK, lambda m: m[1] if fenced or leads_nowhere(m[2]) else m[0], line)
+        nested = rf"\[([^\[\]\n]*){LINK}([^\[\]\n]*)\](?=\()"
+        while (plain := re.sub(nested, r"[\1\2\4]", line)) != line: line = plain
+        out.append(line)
+    return "".join(out)
+
+
+def markdown_parts(nb):
+    "(holder, key) of each Markdown text of a notebook: its prose, and outputs such as nbdev's signatures."
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "markdown": yield cell, "source"
+        for data in (o.get("data", {}) for o in cell.get("outputs", ())):
+            if "text/markdown" in data: yield data, "text/markdown"
+
+
+def mend_links(staged, url):
+    "Takes the links that cannot be out of the notebooks that nbdev has processed."
+    notebooks = {path: json.loads(path.read_text(encoding="utf-8")) for path in staged.glob("*.ipynb")}
+    headings = {f"{url}/{page_name(path)}.html#{h.strip().lower()}" for path, nb in notebooks.items()
+                for part, key in markdown_parts(nb) for h in re.findall(r"^#+ (.+)$", "".join(part[key]), re.M)}
+    def leads_nowhere(link): return link.startswith(url) and "#" in link and link not in headings
+    for path, nb in notebooks.items():
+        for part, key in markdown_parts(nb): part[key] = without_extra_links("".join(part[key]), leads_nowhere)
+        path.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def write_sidebar(nbs):
@@ -47,37 +96,49 @@ def smalldocs(staged, site):
 
 
 class Page(HTMLParser):
-    "What is checked of a page: its ids, its links and pictures, its headings and formulas."
+    "What is checked of a page: its ids, its links and pictures, its headings and formulas, and the links that are shown as Markdown."
     def __init__(self, file):
         super().__init__()
         self.file, self.ids, self.refs, self.titles, self.formulas = file, set(), [], 0, 0
+        self.raw, self.silent = [], ""   # silent: within a script or a style
         self.text = file.read_text(encoding="utf-8")
         self.feed(self.text)
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
+        if tag in ("script", "style"): self.silent = tag
         if attrs.get("id"): self.ids.add(attrs["id"])
         if tag in ("a", "link") and attrs.get("href"): self.refs.append(attrs["href"])
         if tag in ("img", "script") and attrs.get("src"): self.refs.append(attrs["src"])
         self.titles += tag == "h1"
         self.formulas += tag == "math"
 
+    def handle_endtag(self, tag):
+        if tag == self.silent: self.silent = ""
 
-def check(site, notebooks):
-    "Everything that is wrong with the pages, and what was looked at."
+    def handle_data(self, data):
+        if not self.silent: self.raw += re.findall(r".{0,40}\]\((?:https?:|[\w./-]+\.(?:ipynb|html)\b).{0,20}", data)
+
+
+def check(site, notebooks, url):
+    "Everything that is wrong with the pages, and what was looked at. The site's own `url` is followed as a local link."
     pages = {p.resolve(): Page(p) for p in site.rglob("*.html")}
-    bad, local = [], 0
+    named = {page_name(f): f for f in pages if f.parent == site.resolve()}   # a smoke build keeps the numbers
+    bad, local = same_pages(notebooks), 0
     for nb in notebooks:
-        names = {nb.stem, re.sub(r"^\d\d_", "", nb.stem)}
+        names = {nb.stem, page_name(nb)}
         made = [p for f, p in pages.items() if f.stem in names and f.parent == site.resolve()]
         if not made or not made[0].titles: bad.append(f"{nb.name}: no page was made of it")
     for page in pages.values():
         if "cell-output-error" in page.text: bad.append(f"{page.file.name}: an output is an error")
+        bad += [f"{page.file.name}: shows Markdown: {raw}" for raw in page.raw]
         for ref in page.refs:
-            path, _, anchor = ref.partition("#")
-            if re.match(r"\w+:|//", ref) or ref == "#": continue
+            own = ref.startswith(url + "/")
+            path, _, anchor = ref.removeprefix(url + "/").partition("#")
+            if not own and re.match(r"\w+:|//", ref) or ref == "#": continue
             local += 1
-            target = (page.file.parent / unquote(path.split("?")[0])).resolve() if path else page.file.resolve()
+            target = ((site if own else page.file.parent) / unquote(path.split("?")[0])).resolve() if path or own else page.file.resolve()
+            if own and not target.exists(): target = named.get(page_name(path), target)
             if target.is_dir(): target = target / "index.html"
             if not target.is_file(): bad.append(f"{page.file.name}: {ref} leads nowhere")
             elif anchor and target in pages and unquote(anchor) not in pages[target].ids: bad.append(f"{page.file.name}: {ref}: no such heading")
@@ -87,10 +148,14 @@ def check(site, notebooks):
 
 def main():
     cfg = get_config()
+    notebooks = sorted(cfg.nbs_path.glob("*.ipynb"))
+    if same := same_pages(notebooks): sys.exit("\n".join(same))
     refresh_quarto_yml()
     _build_modidx()
     write_sidebar(cfg.nbs_path)
     staged = Path(proc_nbs(cfg.nbs_path, n_workers=2, force=True))
+    url = f"{cfg.doc_host}{cfg.doc_baseurl}"
+    mend_links(staged, url)
     if shutil.which("quarto"):
         shutil.rmtree(cfg.doc_path, ignore_errors=True)
         subprocess.run(["quarto", "render", "--no-cache"], cwd=staged, check=True)
@@ -99,10 +164,10 @@ def main():
         site, by = cfg.config_path / "_site", "smalldocs, a smoke build: the published site is Quarto's"
         shutil.rmtree(site, ignore_errors=True)
         bad = smalldocs(staged, site)
-    wrong, summary = check(site, sorted(cfg.nbs_path.glob("*.ipynb")))
+    wrong, summary = check(site, notebooks, url)
     for problem in bad + wrong: print(problem, file=sys.stderr)
     print(f"{site.name}/index.html ({by}): {summary}, {len(bad + wrong)} problems")
-    if by == "Quarto": wrong = [w for w in wrong if "no page was made" in w or "is an error" in w]  # Quarto checks its own links
+    if by == "Quarto": wrong = [w for w in wrong if "no page was made" in w or "is an error" in w or "shows Markdown" in w]  # Quarto checks its own links
     sys.exit(bool(bad + wrong))
 
 

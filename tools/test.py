@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
@@ -69,19 +70,32 @@ def processes_and_files():
     call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests")
 
 
+@cache
+def built(ending):
+    "The built sdist (.gz), or the wheel that was made from it (.whl)."
+    copy, env = copy_tree(work / "package"), {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    if not (work / "dist").exists(): call(sys.executable, "-m", "build", "--outdir", work / "dist", cwd=copy, env=env, quiet=True)
+    return next((work / "dist").glob(f"*{ending}"))
+
+
 def jobs():
-    "Every job through the launcher, at its smallest."
+    "Every job at its smallest, from the wheel and in an empty directory; `compare`, which needs benchmarks/peers.py, from the clone."
+    installed, empty = work / "installed", work / "empty"
+    empty.mkdir()
+    call(sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--target", installed, built(".whl"), quiet=True)
+    env, clone = (offline | {"PYTHONPATH": f"{folder}{os.pathsep}{offline['PYTHONPATH']}"} for folder in (installed, root))
+    call(sys.executable, "-c", f"import bgem3_nb; assert bgem3_nb.__file__.startswith({str(installed)!r}), bgem3_nb.__file__", cwd=empty, env=env)
     for path in sorted((root / "nbs").glob("5[0-9]_*.ipynb")):
         name = path.stem[3:]
-        smoke = root / "params" / f"{name}_smoke.yaml"
-        if not smoke.is_file(): raise AssertionError(f"the job {name} has no {smoke.relative_to(root)}")
-        call(bin / "bgem3-job", name, "-f", smoke, "--out", work / "runs" / name)
+        if not (root / "params" / f"{name}_smoke.yaml").is_file(): raise AssertionError(f"the job {name} has no params/{name}_smoke.yaml")
+        call(installed / "bin" / "bgem3-job", name, "-f", f"{name}_smoke", "--out", f"runs/{name}", cwd=empty, env=clone if name == "compare" else env)
         for file in (f"{name}.ipynb", f"{name}.html"):
-            if not (work / "runs" / name / file).is_file(): raise AssertionError(f"the job {name} left no {file}")
+            if not (empty / "runs" / name / file).is_file(): raise AssertionError(f"the job {name} left no {file}")
 
 
 def site():
     "The site builds, and every page, formula and link of it holds."
+    if sys.version_info < (3, 11) and not shutil.which("quarto"): return print("not built here: smalldocs needs Python 3.11, and there is no Quarto")
     copy = copy_tree(work / "site")
     call(sys.executable, "tools/docs.py", cwd=copy, env=offline | {"PYTHONPATH": f"{offline['PYTHONPATH']}{os.pathsep}{copy}"})
 
@@ -102,17 +116,15 @@ INSTALLED = ALONE + "for name in bgem3_nb.__all__: getattr(bgem3_nb, name)\n"
 
 def packages():
     "sdist, a wheel from it, each installed in an empty environment, alone and with what it needs, and used from there."
-    copy, env = copy_tree(work / "package"), {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    call(sys.executable, "-m", "build", "--outdir", work / "dist", cwd=copy, env=env, quiet=True)
-    wheel, sdist = next((work / "dist").glob("*.whl")), next((work / "dist").glob("*.tar.gz"))
-    for file, needs in ((sdist, False), (wheel, True)):
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    for file, needs in ((built(".gz"), False), (built(".whl"), True)):
         venv = work / f"venv-{file.suffix[1:]}"
         python, pip = venv / "bin" / "python", ["-m", "pip", "install", "-q", "--disable-pip-version-check"]
         call(sys.executable, "-m", "venv", venv, env=env)
         call(python, *pip, *(["-c", root / "constraints.txt", f"{file}[all]"] if needs else ["--no-deps", file]), cwd=work, env=env, quiet=True)
         call(python, "-c", INSTALLED if needs else ALONE, cwd=work, env=env)
         call(venv / "bin" / "bgem3-job", "list", cwd=work, env=env)
-        if needs: call(venv / "bin" / "bgem3-job", "train", "-f", "train_smoke", "--dry-run", cwd=work, env=env)
+        for name in ("prepare", "project") if needs else (): call(venv / "bin" / "bgem3-job", name, "-f", f"{name}_smoke", "--out", venv / name, cwd=work, env=env | OFFLINE)
         shutil.rmtree(venv)
 
 
