@@ -12,6 +12,7 @@ __all__ = ['ATTRIBUTES', 'READERS', 'clean_text', 'arabic_key', 'text_key', 'Doc
            'read_chunks']
 
 # %% ../nbs/21_documents.ipynb #61452df6
+import ctypes
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from itertools import accumulate, islice, product, takewhile
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import yaml
@@ -399,9 +401,15 @@ def capitals(m) -> str:
     plain = [c for c in m[0] if c.isascii()]
     return m[0].upper() if len(plain) > 1 and all(c.isupper() for c in plain) else m[0]
 
+MINUS = re.compile("(?<=[a-zA-Z\u00a1-\u00ff])\u2212|\u2212(?=[a-zA-Z\u00a1-\u00ff])")
+
+def as_printed(text: str) -> str:
+    "Text of a PDF with the letters of Latin-1 that stand for other ones there: U+00AD for a minus in a word, the micro sign for mu."
+    return MINUS.sub("\u00ad", text).replace("\u03bc", "\u00b5")
+
 def from_tcvn3(text: str) -> str:
     "The text of a `.Vn` font in Unicode."
-    text = text.translate(TCVN3)
+    text = as_printed(text).translate(TCVN3)
     lines = (line.upper() if re.search("[A-Z].*[A-Z]", line) and not re.search("[a-z]", line) else
              re.sub(r"[^\W\d_]+", capitals, line) for line in text.split("\n"))
     return "\n".join(lines)
@@ -441,7 +449,7 @@ def legacy_encoding(
     least: int = 5,  # different words with special letters that it must have
 ) -> str | None:
     "The encoding of before Unicode that a Vietnamese text is in, `TCVN3` or `VNI`; None for other text."
-    found = re.findall("(?:[a-zA-Z]|[\u00a1-\u00ff])+", text[:100_000])
+    found = re.findall("(?:[a-zA-Z]|[\u00a1-\u00ff])+", as_printed(text[:100_000]))
     words = [w for w in dict.fromkeys(found) if len(w) > 1 and not w.isascii()]
     if len(words) < least or syllable_share(words) >= .5: return None
     share, name = max((syllable_share([turn(w) for w in words]), name) for name, turn in LEGACY.items())
@@ -518,7 +526,7 @@ def check_unpacked(
     xml = sum(size for name, size in sizes if name.lower().endswith((".xml", ".rels")))
     for size, most, what in ((xml, MOST_XML, "of text"), (total, MOST_BYTES, "in all")):
         if size > most: raise DocumentError(f"it unpacks to {size >> 20:,} MB {what}, and at most {most >> 20} are read; split it into several files")
-    if total > 16 << 20 and total > MOST_RATIO*packed:
+    if total > 4 << 20 and total > MOST_RATIO*packed:
         raise DocumentError(f"it unpacks to {total//packed:,} times its size, and at most {MOST_RATIO} times are read; save it anew")
 
 def font_encoding(
@@ -575,6 +583,18 @@ def runs_to_unicode(
             if encoding == "TCVN3" and font.endswith("H"): t.text = t.text.upper()      # its small letters look like capitals
     return old
 
+def style_name(
+    el,             # a paragraph
+    file,           # of python-docx, which would walk through all styles for each paragraph
+    known: dict,    # style id -> name: filled here
+) -> str:
+    "The name of a paragraph's style."
+    style = el.find("{*}pPr/{*}pStyle")
+    key = None if style is None else next(iter(style.values()), None)
+    if key not in known:
+        known[key] = parser("docx.text.paragraph").Paragraph(el, file).style.name or ""
+    return known[key]
+
 def open_word(
     path: Path,
 ) -> tuple[object, list[str]]:   # the file of python-docx, its text in Unicode; a note if it was not
@@ -610,15 +630,14 @@ def word_items(
 
 def read_docx(path: Path) -> tuple[list[Block], dict]:
     "A Word file. Raises DocumentError for an encrypted one."
-    paragraph = parser("docx.text.paragraph").Paragraph
     if path.open("rb").read(4) == b"\xd0\xcf\x11\xe0": raise DocumentError("encrypted, or an old .doc file under a new name; save it as .docx without a password")
-    (file, notes), blocks, title = open_word(path), [], ""
+    (file, notes), blocks, title, styles = open_word(path), [], "", {}
     for kind, el in word_items(file.element.body):
         if kind == "tbl":
             rows = (" | ".join(" ".join(word_text(c).split()) for c in r.iter("{*}tc") if c.getparent() is r) for r in el.iter("{*}tr"))
             blocks += [Block(row, tight=i > 0) for i, row in enumerate(rows) if row.strip(" |")]
             continue
-        style = paragraph(el, file).style.name or ""
+        style = style_name(el, file, styles)
         level = int(m[1]) if (m := re.fullmatch(r"[Hh]eading ([1-9])", style)) else 0
         if style == "Title" and not title: title, level = word_text(el).strip(), 1
         blocks.append(Block(word_text(el), level, tight=style.startswith("List")))
@@ -633,24 +652,49 @@ class Line(NamedTuple):
     height: float | None = None    # where it stands: 0 is the lower edge of the page, 1 the upper; None is unknown
 
 def page_lines(
-    page,   # of pypdf
+    page,   # of pypdfium2
 ) -> list[Line]:
-    "The lines of a page with their size and place, empty ones too."
-    pieces, (low, high) = [], (float(page.mediabox.bottom), float(page.mediabox.top))
-    def visit(text, cm, tm, font, size):
-        y = (tm[4]*cm[1] + tm[5]*cm[3] + cm[5] - low)/((high - low) or 1)
-        style = round(2*abs(size or 0)*math.hypot(tm[0], tm[1])*math.hypot(cm[0], cm[1]))/2, "bold" in str((font or {}).get("/BaseFont", "")).lower()
-        pieces.append((text, style, y if 0 < y < 1 and not page.rotation else None))
-    page.extract_text(visitor_text=visit)
-    lines, text, styles, heights = [], "", Counter(), []
-    for piece, style, y in [*pieces, ("\n", (0, False), None)]:
-        for i, part in enumerate(piece.split("\n")):
-            if i:
-                lines.append(Line(clean_text(text), *(styles.most_common(1)[0][0] if styles else (0, False)), heights[0] if heights else None))
-                text, styles, heights = "", Counter(), []
-            text += part
-            if part.strip(): styles[style] += len(part.strip()); heights.append(y)
-    return lines
+    "The lines of a page as they are, with their size and place, and an empty one where more space is between two."
+    raw, text = parser("pypdfium2.raw"), page.get_textpage()
+    lines, at = [], []
+    for i in range(text.count_chars() + 1):
+        code = raw.FPDFText_GetUnicode(text, i) if i < text.count_chars() else 10
+        if code not in (2, 10, 13): at.append((i, chr(code))); continue     # 2 is a hyphen at a line's end
+        if any(c.strip() for _, c in at): lines.append(read_line(raw, text, page, at, "-" if code == 2 else ""))
+        at = []
+    return with_gaps(lines, page)
+
+# %% ../nbs/21_documents.ipynb #5d1f0a7e
+def read_line(
+    raw,     # of pypdfium2
+    text,    # of a page
+    page,
+    at: list[tuple[int, str]],   # number and letter of each character
+    end: str,                    # a hyphen, or nothing
+) -> Line:
+    "A line; its style is that of most of twenty letters, evenly chosen."
+    inked, styles = [i for i, c in at if c.strip()], Counter()
+    name, origin, matrix = ctypes.create_string_buffer(256), (ctypes.c_double(), ctypes.c_double()), raw.FS_MATRIX()
+    for i in inked[::len(inked)//20 + 1]:
+        raw.FPDFText_GetMatrix(text, i, matrix)
+        raw.FPDFText_GetFontInfo(text, i, name, 256, None)
+        size = raw.FPDFText_GetFontSize(text, i)*math.hypot(matrix.c, matrix.d)
+        styles[round(2*size)/2, b"bold" in name.value.lower()] += 1
+    _, low, _, high = page.get_bbox()
+    raw.FPDFText_GetCharOrigin(text, inked[0], *origin)
+    y = (origin[1].value - low)/((high - low) or 1)
+    height = y if 0 < y < 1 and not page.get_rotation() else None
+    return Line("".join(c for _, c in at) + end, *styles.most_common(1)[0][0], height)
+
+def with_gaps(lines: list[Line], page) -> list[Line]:
+    "The lines, and an empty one where the distance from a line to the next is unusually large."
+    high = page.get_bbox()[3] - page.get_bbox()[1]
+    steps = [(a.height - b.height)*high if None not in (a.height, b.height) else 0 for a, b in zip(lines, lines[1:])]
+    usual = median([step for step in steps if step > 1] or [0])
+    out = lines[:1]
+    for step, line in zip(steps, lines[1:]):
+        out += [Line("")]*(step > max(1.4*usual, 1.7*line.size)) + [line]
+    return out
 
 # %% ../nbs/21_documents.ipynb #adb35042
 def line_keys(
@@ -755,18 +799,24 @@ def pdf_blocks(
 # %% ../nbs/21_documents.ipynb #b9a04ccb
 def read_pdf(path: Path) -> tuple[list[Block], dict]:
     "A PDF file. Raises DocumentError for one that needs a password, has no pages, or holds pictures only."
-    pypdf = parser("pypdf")
-    reader = pypdf.PdfReader(str(path))
-    if reader.is_encrypted and not reader.decrypt(""): raise DocumentError("encrypted: it opens only with a password; save a copy without one")
-    if not len(reader.pages): raise DocumentError("it has no pages")
-    pages = [page_lines(page) for page in reader.pages]
+    pdfium, raw = parser("pypdfium2"), parser("pypdfium2.raw")
+    try: file = pdfium.PdfDocument(str(path))
+    except pdfium.PdfiumError as e:
+        if "password" not in str(e).lower(): raise
+        raise DocumentError("encrypted: it opens only with a password; save a copy without one") from None
+    if not len(file): raise DocumentError("it has no pages")
+    pages = [page_lines(page) for page in file]
+    old = legacy_encoding("\n".join(line.text for lines in pages for line in lines))
+    clean = (lambda text: clean_text(to_unicode(text, old))) if old else clean_text
+    pages = [[line._replace(text=clean(line.text)) for line in lines] for lines in pages]
     bare = [n for n, lines in enumerate(pages, 1) if not any(line.text for line in lines)]
     if len(bare) == len(pages):
-        pictures = sum(len(page.images.keys()) for page in reader.pages)
+        pictures = sum(1 for page in file for _ in page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE]))
         raise DocumentError(f"image-only: no text, {pictures} pictures on {len(pages)} pages; run text recognition (OCR) over it first" if pictures else f"empty: no text on its {len(pages)} pages")
     blocks, dropped = pdf_blocks(pages)
     notes = [f"page header or footer left out, {n} times: {text}" for text, n in dropped.items()] + ([f"no text on page {', '.join(map(str, bare))}"] if bare else [])
-    return blocks, {"title": (reader.metadata or {}).get("/Title") or "", "notes": notes}
+    notes += [CONVERTED.format(old)] if old else []
+    return blocks, {"title": file.get_metadata_value("Title"), "notes": notes}
 
 # %% ../nbs/21_documents.ipynb #f0ee0152
 READERS = {".pdf": read_pdf, ".docx": read_docx, **dict.fromkeys((".html", ".htm", ".xhtml"), read_html),
