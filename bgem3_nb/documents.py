@@ -7,9 +7,9 @@ __all__ = ['ATTRIBUTES', 'READERS', 'clean_text', 'arabic_key', 'text_key', 'Doc
            'assemble', 'HtmlBlocks', 'walk_html', 'html_blocks', 'front_matter', 'yaml_fields', 'toml_fields',
            'markdown_html', 'read_markdown', 'read_html', 'legacy_encoding', 'to_unicode', 'word_text', 'word_items',
            'read_docx', 'Line', 'page_lines', 'line_keys', 'running_lines', 'line_levels', 'join_lines', 'goes_on',
-           'pdf_blocks', 'read_pdf', 'read_document', 'Reading', 'read_documents', 'Unit', 'hash_of', 'units',
-           'count_tokens', 'split_span', 'choose_cuts', 'Chunk', 'chunk_document', 'chunk_documents', 'write_chunks',
-           'read_chunks']
+           'pdf_blocks', 'read_pdf', 'open_pdf', 'pdf_document', 'read_document', 'Reading', 'read_documents', 'Unit',
+           'hash_of', 'units', 'count_tokens', 'split_span', 'choose_cuts', 'Chunk', 'chunk_document',
+           'chunk_documents', 'write_chunks', 'read_chunks']
 
 # %% ../nbs/21_documents.ipynb #61452df6
 import ctypes
@@ -23,6 +23,7 @@ import zipfile
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from functools import lru_cache
@@ -799,11 +800,21 @@ def pdf_blocks(
 # %% ../nbs/21_documents.ipynb #b9a04ccb
 def read_pdf(path: Path) -> tuple[list[Block], dict]:
     "A PDF file. Raises DocumentError for one that needs a password, has no pages, or holds pictures only."
-    pdfium, raw = parser("pypdfium2"), parser("pypdfium2.raw")
-    try: file = pdfium.PdfDocument(str(path))
+    with closing(open_pdf(path)) as file: return pdf_document(file)
+
+def open_pdf(path: Path):
+    "A PDF file of pypdfium2. Raises DocumentError for one that needs a password."
+    pdfium = parser("pypdfium2")
+    try: return pdfium.PdfDocument(str(path))
     except pdfium.PdfiumError as e:
         if "password" not in str(e).lower(): raise
         raise DocumentError("encrypted: it opens only with a password; save a copy without one") from None
+
+def pdf_document(
+    file,   # of pypdfium2
+) -> tuple[list[Block], dict]:
+    "The blocks, title and notes of an open PDF file. Raises DocumentError where there is no text."
+    raw = parser("pypdfium2.raw")
     if not len(file): raise DocumentError("it has no pages")
     pages = [page_lines(page) for page in file]
     old = legacy_encoding("\n".join(line.text for lines in pages for line in lines))
