@@ -7,9 +7,9 @@ __all__ = ['ATTRIBUTES', 'READERS', 'clean_text', 'arabic_key', 'text_key', 'Doc
            'assemble', 'HtmlBlocks', 'walk_html', 'html_blocks', 'front_matter', 'yaml_fields', 'toml_fields',
            'markdown_html', 'read_markdown', 'read_html', 'legacy_encoding', 'to_unicode', 'word_text', 'word_items',
            'read_docx', 'Line', 'page_lines', 'line_keys', 'running_lines', 'line_levels', 'join_lines', 'goes_on',
-           'pdf_blocks', 'read_pdf', 'open_pdf', 'pdf_document', 'read_document', 'Reading', 'read_documents', 'Unit',
-           'hash_of', 'units', 'count_tokens', 'split_span', 'choose_cuts', 'Chunk', 'chunk_document',
-           'chunk_documents', 'write_chunks', 'read_chunks']
+           'pdf_blocks', 'read_pdf', 'open_pdf', 'hyphen_words', 'pdf_document', 'read_document', 'Reading',
+           'read_documents', 'Unit', 'hash_of', 'units', 'count_tokens', 'split_span', 'choose_cuts', 'Chunk',
+           'chunk_document', 'chunk_documents', 'write_chunks', 'read_chunks']
 
 # %% ../nbs/21_documents.ipynb #61452df6
 import ctypes
@@ -810,6 +810,15 @@ def open_pdf(path: Path):
         if "password" not in str(e).lower(): raise
         raise DocumentError("encrypted: it opens only with a password; save a copy without one") from None
 
+def hyphen_words(
+    text: str,   # in TCVN3, from a PDF
+) -> str:
+    "The text with U+00AD, which is `ư`, for each hyphen that makes a syllable so."
+    def turned(m):
+        word = m[0].replace("-", "\u00ad")
+        return word if is_syllable(from_tcvn3(word).lower()) else m[0]
+    return re.sub("[a-zA-Z\u00a1-\u00ff]*-[a-zA-Z\u00a1-\u00ff]*", turned, text)
+
 def pdf_document(
     file,   # of pypdfium2
 ) -> tuple[list[Block], dict]:
@@ -817,8 +826,10 @@ def pdf_document(
     raw = parser("pypdfium2.raw")
     if not len(file): raise DocumentError("it has no pages")
     pages = [page_lines(page) for page in file]
-    old = legacy_encoding("\n".join(line.text for lines in pages for line in lines))
-    clean = (lambda text: clean_text(to_unicode(text, old))) if old else clean_text
+    whole = "\n".join(line.text for lines in pages for line in lines)
+    old = legacy_encoding(whole)
+    hyphens = old == "TCVN3" and not re.search("[\u00ad\u2212]", whole)      # a text without ư: the font shows it as a hyphen
+    clean = (lambda text: clean_text(to_unicode(hyphen_words(text) if hyphens else text, old))) if old else clean_text
     pages = [[line._replace(text=clean(line.text)) for line in lines] for lines in pages]
     bare = [n for n, lines in enumerate(pages, 1) if not any(line.text for line in lines)]
     if len(bare) == len(pages):
