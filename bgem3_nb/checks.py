@@ -309,10 +309,12 @@ def _letters(c):
     "{kind: (rows, others, details)} for Unicode and lengths; and {field: (m,) characters}."
     found, lengths, done = {"decomposed": {}, "legacy_encoding": {}, "length": {}}, {}, {}
     for name, (texts, at, rows) in c.raw.items():
-        if id(texts) not in done: done[id(texts)] = _decomposed_texts(texts), pc.utf8_length(texts).to_numpy(), _legacy_texts(texts)
+        if id(texts) not in done:
+            done[id(texts)] = _decomposed_texts(texts), pc.utf8_length(texts).to_numpy(), _legacy_texts(texts)
         decomposed, size, old = (values[at] for values in done[id(texts)]); lengths[name] = size
         for r in np.unique(rows[decomposed]).tolist(): found["decomposed"].setdefault(r, name)
-        for i in np.flatnonzero(old != "").tolist(): found["legacy_encoding"].setdefault(int(rows[i]), f"{name} is in {old[i]}")
+        for i in np.flatnonzero(old != "").tolist():
+            found["legacy_encoding"].setdefault(int(rows[i]), f"{name} is in {old[i]}")
         if len(size) < 20: continue                                        # too few to tell what is usual
         q1, q3 = np.quantile(size, (.25, .75)); spread = max(q3 / max(1, q1), 1.5) ** 3
         for i in np.flatnonzero((size > q3 * spread) | (size < q1 / spread)).tolist():
