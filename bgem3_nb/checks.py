@@ -30,6 +30,7 @@ from scipy.sparse.csgraph import connected_components
 from tqdm.auto import tqdm
 
 from .balance import identify_languages
+from .documents import legacy_encoding
 from .rows import LABELS, Rejected, fold, read_rows, replacing
 
 # %% ../nbs/26_checks.ipynb #e23397c1
@@ -48,6 +49,7 @@ KINDS = {  # kind -> the sentence for one row; {other} is the row it collides wi
     "missing_language": "no language is given",
     "wrong_language": "the language is not the one given: {detail}",
     "decomposed": "Unicode is decomposed in {detail}",
+    "legacy_encoding": "Vietnamese from before Unicode, which to_unicode converts: {detail}",
     "length": "unusual length: {detail}",
 }
 
@@ -295,13 +297,24 @@ def _decomposed_texts(texts):
     out[marked] = [len(unicodedata.normalize("NFC", t)) < len(t) for t in texts.filter(pa.array(marked)).to_pylist()]
     return out
 
+def _legacy_texts(texts):
+    "(n,) the encoding of before Unicode that each text is in, or nothing."
+    has = lambda letters: pc.match_substring_regex(texts, letters).to_numpy(zero_copy_only=False)
+    marked = has(r"[\x{a1}-\x{ff}]") & ~has(r"[\x{100}-\x{24f}\x{1e00}-\x{1eff}]")
+    out = np.full(len(texts), "", object)
+    out[marked] = [legacy_encoding(t) or "" for t in texts.filter(pa.array(marked)).to_pylist()]
+    return out
+
 def _letters(c):
     "{kind: (rows, others, details)} for Unicode and lengths; and {field: (m,) characters}."
-    found, lengths, done = {"decomposed": {}, "length": {}}, {}, {}
+    found, lengths, done = {"decomposed": {}, "legacy_encoding": {}, "length": {}}, {}, {}
     for name, (texts, at, rows) in c.raw.items():
-        if id(texts) not in done: done[id(texts)] = _decomposed_texts(texts), pc.utf8_length(texts).to_numpy()
-        decomposed, size = (values[at] for values in done[id(texts)]); lengths[name] = size
+        if id(texts) not in done:
+            done[id(texts)] = _decomposed_texts(texts), pc.utf8_length(texts).to_numpy(), _legacy_texts(texts)
+        decomposed, size, old = (values[at] for values in done[id(texts)]); lengths[name] = size
         for r in np.unique(rows[decomposed]).tolist(): found["decomposed"].setdefault(r, name)
+        for i in np.flatnonzero(old != "").tolist():
+            found["legacy_encoding"].setdefault(int(rows[i]), f"{name} is in {old[i]}")
         if len(size) < 20: continue                                        # too few to tell what is usual
         q1, q3 = np.quantile(size, (.25, .75)); spread = max(q3 / max(1, q1), 1.5) ** 3
         for i in np.flatnonzero((size > q3 * spread) | (size < q1 / spread)).tolist():
