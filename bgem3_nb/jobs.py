@@ -604,21 +604,23 @@ def _texts(value):
     elif isinstance(value, str): yield value
 
 
+def _place_in(out, text):
+    "The path below `out` that a text names, "." for `out` itself; "" if it names nothing there."
+    with suppress(OSError, ValueError):
+        if Path(text).exists(): return Path(text).resolve().relative_to(out.resolve()).as_posix()
+    return ""
+
+
 def _check_gone(plan, wrote, gone, ended):
     "A JobError if something that would be deleted was changed, or is what a parameter names."
     now, own = _written(plan.out), {plan.file(s).name for s in SUFFIXES}
     changed = [p for p in gone if p not in own and now.get(p) and now[p] != wrote[p]]
     if ended and changed:
         raise JobError(f"{plan.out/changed[0]} was changed after the job had written it; copy it elsewhere or delete it, then run again")
-    here = plan.out.resolve()
-    for name in (k for k in plan.values if k != "out"):
-        for text in _texts(plan.values[name]):
-            with suppress(OSError, ValueError):
-                path = Path(text)
-                if not path.exists() or not path.resolve().is_relative_to(here): continue
-                inside = path.resolve().relative_to(here).as_posix()
-                if any(inside == "." or p == inside or p.startswith(f"{inside}/") for p in gone if p in now):
-                    raise JobError(f"parameter {name!r} names {path}, which the run before wrote and this one would delete; copy it elsewhere first")
+    for name, text in ((k, t) for k, v in plan.values.items() if k != "out" for t in _texts(v)):
+        inside = _place_in(plan.out, text)
+        if inside and any(inside == "." or p == inside or p.startswith(f"{inside}/") for p in gone if p in now):
+            raise JobError(f"parameter {name!r} names {text}, which the run before wrote and this one would delete; copy it elsewhere first")
 
 
 def _clear(plan, marker):
@@ -809,7 +811,6 @@ def _command(argv):
     asks_help = any(a in ("-h", "--help") for a in rest)
     if asks_help and not [a for a in rest if not a.startswith("-")]: return _parser().print_help()
     args = _parser().parse_args([a for a in rest if a not in ("-h", "--help")])
-    if args.param: raise JobError("-p takes a name and a value: -p steps 200")
     if args.job == "params" and not args.of: raise JobError("which job? bgem3-job params NAME")
     if args.job == "params" or asks_help and args.job != "list": return _list_params(args.of or args.job)
     if args.of: raise JobError(f"one job at a time: {args.of!r} is one too many")
