@@ -605,7 +605,7 @@ def _texts(value):
 
 
 def _place_in(out, text):
-    "The path below `out` that a text names, "." for `out` itself; "" if it names nothing there."
+    "The path below `out` that a text names, a dot for `out` itself; empty if it names nothing there."
     with suppress(OSError, ValueError):
         if Path(text).exists(): return Path(text).resolve().relative_to(out.resolve()).as_posix()
     return ""
