@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
@@ -107,10 +107,10 @@ def _plain_type(t):
     "The type that a value has in YAML: a tuple is a list there, a path is text, and of other classes nothing is known."
     origin, args = get_origin(t) or t, get_args(t)
     if origin in (Union, UnionType): return Union[tuple(map(_plain_type, args))]
-    if origin in (list, tuple): return list
     if origin is Literal or origin in (bool, int, float, str, NoneType): return t
-    if origin is dict: return dict
-    return str if isinstance(origin, type) and issubclass(origin, (os.PathLike, Enum)) else Any
+    if not isinstance(origin, type): return Any
+    if issubclass(origin, (os.PathLike, Enum)): return str
+    return dict if issubclass(origin, Mapping) else list if issubclass(origin, Iterable) else Any
 
 
 def _type_name(t):
@@ -583,7 +583,7 @@ def _read_marker(out, job):
     "What `run.json` says, {} for an empty directory; a JobError where files are that no job wrote."
     marker = out/MARKER
     if not marker.exists():
-        if others := sorted(p.name for p in out.iterdir() if p.name != LOCK):
+        if others := sorted(p.name for p in out.iterdir() if p.name not in (LOCK, f"{MARKER}.tmp")):
             raise JobError(f"{out} holds {', '.join(others[:3])}{', …' * (len(others) > 3)}, and no {MARKER} says that a job wrote that; "
                            "name a new or empty directory with --out")
         return {}
@@ -647,6 +647,7 @@ def run_directory(
     out, stop = plan.out, Event()
     try: out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as e: raise JobError(f"{out} cannot be made: {getattr(e, 'strerror', e)}") from None
+    _read_marker(out, plan.name)   # a directory of somebody else does not get a lock either
     try: lock = FileLock(out/LOCK, timeout=0).acquire()
     except Timeout: raise JobError(f"{out} is in use by another job; wait until it has ended, or name another directory with --out") from None
     except OSError as e: raise JobError(f"{out} cannot be written to: {e.strerror}") from None

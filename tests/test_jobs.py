@@ -290,7 +290,7 @@ def test_a_directory_of_somebody_else(job, launch, tmp_path):
     (tmp_path / "mine" / "runs" / "thesis.txt").write_text("years of work")
     for words in ([], ["--force"]):
         one_sentence(launch("toy", "--out", "mine", *words), "mine holds runs, and no run.json says that a job wrote that", "--out")
-        assert files(tmp_path / "mine") == ["thesis.txt"]
+        assert sorted(p.name for p in (tmp_path / "mine").rglob("*")) == ["runs", "thesis.txt"]
 
 
 def test_the_project_s_jobs_delete_nothing_of_yours(launch, tmp_path):
