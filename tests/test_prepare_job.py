@@ -47,3 +47,24 @@ def test_a_dry_run_asks_nobody(tmp_path, launch):
     assert done.returncode == 0, done.stderr
     assert "A dry run: nothing was asked" in done.stdout and (tmp_path/"run"/"queries"/"prompts.jsonl").is_file()
     assert not (tmp_path/"run"/"train.jsonl").exists()
+
+
+def test_forcing_with_other_settings_leaves_no_old_test(tmp_path, launch):
+    "The rows of the old test are in the new training rows: beside them, it would be no test."
+    words = ["prepare", "-f", "prepare_smoke", "--out", "run", "--no-progress", "-p", "data", str(REPO/"data"/"law_mini.jsonl")]
+    done = launch(*words, "-p", "test", "0.3")
+    assert done.returncode == 0, done.stderr
+    held_out = {r["query"] for r in rows(tmp_path/"run"/"test.jsonl")}
+    done = launch(*words, "-p", "test", "0", "--force")
+    assert done.returncode == 0, done.stderr
+    trained = {r["query"] for name in ("train", "valid") for r in rows(tmp_path/"run"/f"{name}.jsonl")}
+    assert held_out and held_out <= trained and not (tmp_path/"run"/"test.jsonl").exists()
+
+
+def test_a_dollar_in_a_label(tmp_path, launch):
+    "It begins no formula in a figure."
+    lines = [{"query": f"what is {i}", "pos": [f"the answer number {i} is {i * 7919}"], "domain": ["$x", "a$b$", r"$\frac$"][i % 3]} for i in range(30)]
+    (tmp_path/"rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    done = launch("prepare", "-p", "data", "rows.jsonl", "-p", "fill_language", "false", "-p", "near", "0", "-p", "targets", '{domain: {"$x": 0.5}}', "--out", "run", "--no-progress")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/"run"/"balance.png").is_file()
