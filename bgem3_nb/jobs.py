@@ -76,16 +76,17 @@ def _about(path):
 
 # %% ../nbs/41_jobs.ipynb #5d1f0a32
 class Fields:
-    "Keys of a nested parameter and their types, read from what they are for; imported when a value is checked."
+    "Keys of a nested parameter and their types, read from the code that uses them."
     def __init__(self,
-        *names: str,  # of dataclasses, functions, dicts of defaults, or tuples of names: "queries.Endpoint"
+        *names: str,  # of dataclasses, functions, dicts of defaults, tuples: "queries.Endpoint"
     ):
         self.names = names
 
-    def __class_getitem__(cls, names): return cls(*names) if isinstance(names, tuple) else cls(names)
+    def __class_getitem__(cls, names):
+        return cls(*names) if isinstance(names, tuple) else cls(names)
 
     def types(self) -> dict[str, Any]:  # key -> type
-        "The types of all keys; a type that no YAML value has is `Any`, and of a path or an `Enum` it is `str`."
+        "Import what is named, and return the types of all keys as YAML has them."
         found = {}
         for name in self.names:
             module, _, attribute = name.rpartition(".")
@@ -94,7 +95,7 @@ class Fields:
             elif isinstance(thing, tuple): found |= dict.fromkeys(thing, str)
             else:
                 hints = get_type_hints(thing)
-                known = fields(thing) if is_dataclass(thing) else signature(thing).parameters.values()
+                known = fields(thing) if is_dataclass(thing) else [*signature(thing).parameters.values()]
                 found |= {f.name: _plain_type(hints.get(f.name, Any)) for f in known}
         return found
 
@@ -104,7 +105,7 @@ TYPES = {t.__name__: t for t in (bool, int, float, str, list, dict, Fields)} | {
 
 
 def _plain_type(t):
-    "The type that a value has in YAML: a tuple is a list there, a path is text, and of other classes nothing is known."
+    "The type that a value has in YAML: a tuple is a list there, a path is text, others are `Any`."
     origin, args = get_origin(t) or t, get_args(t)
     if origin in (Union, UnionType): return Union[tuple(map(_plain_type, args))]
     if origin is Literal or origin in (bool, int, float, str, NoneType): return t
@@ -120,7 +121,8 @@ def _type_name(t):
     if origin is Literal: return f"Literal[{', '.join(map(repr, args))}]"
     if origin in (Union, UnionType): return " | ".join(map(_type_name, args))
     if args: return f"{origin.__name__}[{', '.join(map(_type_name, args))}]"
-    return "None" if t is NoneType else getattr(t, "__name__", None) or str(t).replace("typing.", "")
+    if t is NoneType: return "None"
+    return getattr(t, "__name__", None) or str(t).replace("typing.", "")
 
 # %% ../nbs/41_jobs.ipynb #4970bc90
 @dataclass(frozen=True)
@@ -161,14 +163,15 @@ def _param(path, name, node, help):
     except (ValueError, TypeError):
         raise JobError(f"{path}: the default of parameter {name!r} is not a plain value: {ast.unparse(node)}") from None
     if not isinstance(node, ast.AnnAssign): return JobParam(name, Any if default is None else type(default), default, help)
-    note = node.annotation.value if isinstance(node.annotation, ast.Constant) else ast.unparse(node.annotation)
+    note = node.annotation
+    note = note.value if isinstance(note, ast.Constant) else ast.unparse(note)
     try: type_ = eval(note, {"__builtins__": {}}, TYPES)
     except Exception: raise JobError(f"{path}: the type of parameter {name!r} is not understood: {note}") from None
     return JobParam(name, type_, default, help)
 
 # %% ../nbs/41_jobs.ipynb #b5b11499
 class Unsure(str):
-    "A word without quotes that versions of YAML read differently: `no`, `2024-05-01`, `010`, `12:30`."
+    "A word without quotes that versions of YAML read differently: `no`, `2024-05-01`, `010`."
 
 
 class Misfit(ValueError):
@@ -177,13 +180,15 @@ class Misfit(ValueError):
         self.value, self.type, self.path = value, type_, path
         shown = str.__repr__(value) if isinstance(value, str) else repr(value)
         text = str in (type_, *get_args(type_)) and isinstance(value, (bool, int, float, Unsure))
-        self.problem = problem or f"must be {_type_name(type_)}, not {shown if len(shown) < 100 else shown[:99] + '…'}" + f'; write "{value}" in quotes' * text
+        if len(shown) > 100: shown = f"{shown[:99]}…"
+        hint = f'; write "{value}" in quotes' if text else ""
+        self.problem = problem or f"must be {_type_name(type_)}, not {shown}{hint}"
         super().__init__(self.problem)
 
 # %% ../nbs/41_jobs.ipynb #5d1f0a34
 def fit(
     value: Any,
-    type_: Any,        # a class, `list[str]`, `str | None`, `Literal[...]`, `Any`, a dict of keys to types, `Fields`
+    type_: Any,        # a class, a form of `typing`, a dict of keys to types, or `Fields`
     path: tuple = (),  # keys that lead to the value, for the message
 ) -> Any:
     "The value as the type wants it; a `Misfit`, which is a `ValueError`, when it does not fit."
@@ -194,8 +199,9 @@ def fit(
     if isinstance(value, Unsure):
         if origin is bool and value.lower() in BOOLS: return BOOLS[value.lower()]
         if origin is Any:
-            other = f", or {str(BOOLS[value.lower()]).lower()} without" if value.lower() in BOOLS else ""
-            raise Misfit(value, Any, path, f'is {value}, which can be read in two ways; write "{value}" in quotes{other}')
+            other = f", or {BOOLS[value.lower()]!r} without" if value.lower() in BOOLS else ""
+            problem = f'is {value}, which can be read in two ways; write "{value}" in quotes'
+            raise Misfit(value, Any, path, problem + other.lower())
     elif origin in (list, Any) and isinstance(value, list):
         return [fit(v, args[0] if args else Any, (*path, i)) for i, v in enumerate(value)]
     elif origin in (dict, Any) and isinstance(value, dict):
@@ -208,13 +214,15 @@ def fit(
     raise Misfit(value, type_, path)
 
 # %% ../nbs/41_jobs.ipynb #5d1f0a35
-BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+BOOLS = dict.fromkeys(("true", "yes", "on", "1"), True)
+BOOLS |= dict.fromkeys(("false", "no", "off", "0"), False)
 
 
 def _closest(word, words):
     "A suggestion for a misspelt word."
     close = get_close_matches(word, words, 1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(words) or 'none'}"
+    if close: return f"; did you mean {close[0]!r}?"
+    return f"; there are: {', '.join(words) or 'none'}"
 
 
 def _fit_one_of(value, types, type_, path):
@@ -228,10 +236,11 @@ def _fit_one_of(value, types, type_, path):
 
 
 def _fit_keys(value, types, path):
-    "A mapping whose keys are known; one without any entry may be left empty in YAML, which is None."
+    "A mapping whose keys are known; where it has no entry, YAML may have nothing at all."
     if not isinstance(value, dict | None): raise Misfit(value, dict, path)
     for k in value or {}:
-        if k not in types: raise Misfit(value, dict, (*path, k), f"is unknown{_closest(str(k), list(types))}")
+        if k in types: continue
+        raise Misfit(value, dict, (*path, k), f"is unknown{_closest(str(k), list(types))}")
     return {k: fit(v, types[k], (*path, k)) for k, v in (value or {}).items()}
 
 
@@ -240,7 +249,8 @@ def _fit_key(key, type_, path):
     try: return fit(key, type_, path)
     except Misfit:
         if get_origin(type_) is not Literal: raise
-        raise Misfit(key, type_, path, f"is unknown{_closest(str(key), list(map(str, get_args(type_))))}") from None
+        known = list(map(str, get_args(type_)))
+        raise Misfit(key, type_, path, f"is unknown{_closest(str(key), known)}") from None
 
 # %% ../nbs/41_jobs.ipynb #cb422724
 def _needs(module):
@@ -252,19 +262,21 @@ def _needs(module):
 
 @cache
 def _yaml_loader():
-    "PyYAML's safe loader for the values that JSON has, with numbers as one writes them and `Unsure` words."
+    "PyYAML's safe loader for the values of JSON, with numbers as one writes them and `Unsure` words."
     yaml = _needs("yaml")
     class Loader(yaml.SafeLoader): pass
     tag = "tag:yaml.org,2002:{}".format
     kinds = [tag(k) for k in ("null", "bool", "int", "float", "str", "seq", "map")]
-    Loader.yaml_constructors = {k: c for k, c in yaml.SafeLoader.yaml_constructors.items() if k in (*kinds, None)}
+    Loader.yaml_constructors = {k: yaml.SafeLoader.yaml_constructors[k] for k in (*kinds, None)}
     old = dict(pair for pairs in yaml.SafeLoader.yaml_implicit_resolvers.values() for pair in pairs)
     Loader.yaml_implicit_resolvers = {}
-    plain = {"bool": "true|True|TRUE|false|False|FALSE", "int": "[-+]?(0|[1-9][0-9_]*)",
-             "float": r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"}
-    for name, pattern in plain.items(): Loader.add_implicit_resolver(tag(name), re.compile(f"^({pattern})$"), None)
-    for name in ("null", "merge"): Loader.add_implicit_resolver(tag(name), old[tag(name)], None)
-    for name in ("bool", "int", "float", "timestamp"): Loader.add_implicit_resolver("!unsure", old[tag(name)], None)
+    def means(tag, pattern): Loader.add_implicit_resolver(tag, re.compile(pattern), None)
+    number = r"([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?"
+    means(tag("bool"), "^(true|True|TRUE|false|False|FALSE)$")
+    means(tag("int"), "^[-+]?(0|[1-9][0-9_]*)$")
+    means(tag("float"), rf"^([-+]?({number}|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$")
+    for name in ("null", "merge"): means(tag(name), old[tag(name)])
+    for name in ("bool", "int", "float", "timestamp"): means("!unsure", old[tag(name)])
     Loader.add_constructor("!unsure", lambda loader, node: Unsure(node.value))
     return Loader
 
@@ -273,10 +285,11 @@ MOST_VALUES = 100_000
 
 
 def _count_values(data):
-    "Raises ValueError for values without end, as aliases make them, and for text that no file can hold."
+    "Raises ValueError for values without end, which aliases make, and text that no file can hold."
     left, n = [data], 0
     while left:
-        if (n := n + 1) > MOST_VALUES: raise ValueError(f"more than {MOST_VALUES:,} values, or a value that contains itself")
+        if (n := n + 1) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values, or a value that contains itself")
         value = left.pop()
         if isinstance(value, dict): left += [*value, *value.values()]
         elif isinstance(value, list): left += value
@@ -284,7 +297,7 @@ def _count_values(data):
 
 
 def _read_yaml(text):
-    "(node, value) of a YAML text, or a ValueError with its sentence and, where it is known, the `line`."
+    "Read a YAML text as (node, value); a ValueError is one sentence, and has the `line` if known."
     loader = None
     try:
         loader = _yaml_loader()(text)
@@ -293,9 +306,10 @@ def _read_yaml(text):
         _count_values(data)
         return node, data
     except JobError: raise
-    except Exception as e:   # PyYAML's own, and what Python raises for a number of 5,000 digits or 1,000 brackets
+    except Exception as e:   # PyYAML's own, and Python's for 5,000 digits or 1,000 brackets
         mark = getattr(e, "problem_mark", None) or getattr(e, "context_mark", None)
-        error = ValueError(str(getattr(e, "problem", None) or getattr(e, "reason", None) or e or type(e).__name__).splitlines()[0])
+        said = getattr(e, "problem", None) or getattr(e, "reason", None) or str(e) or type(e).__name__
+        error = ValueError(said.splitlines()[0])
         error.line = mark.line + 1 if mark else None
         raise error from None
     finally:
@@ -323,7 +337,7 @@ def from_text(
 
 # %% ../nbs/41_jobs.ipynb #5d1f0a37
 def _from_text_one_of(text, types, type_):
-    "The first type that fits; text fits anything and comes last. Beside text, a list is one only in brackets."
+    "The first type that fits, text last. Where text is possible, a list is one only in brackets."
     if NoneType in types and text.lower() in ("none", "null", ""): return None
     bare, faults = str in types and not text.lstrip().startswith("["), []
     for t in sorted(types, key=lambda t: t is str):
@@ -348,7 +362,7 @@ def find_params(
 
 # %% ../nbs/41_jobs.ipynb #62b190ee
 class Place(str):
-    "Where a value was written, `params/law.yaml, line 3`; it knows the lines of what is nested in the value, too."
+    "Where a value was written, `params/law.yaml, line 3`, and the lines of what is nested in it."
     def __new__(cls, file, key, node):
         self = super().__new__(cls, f"{file}, line {key.start_mark.line + 1}")
         self.file, self.key, self.node = file, key, node
@@ -360,11 +374,12 @@ class Place(str):
         "File and line of a nested value."
         line, node = self.key.start_mark.line, self.node
         for step in path:
-            pairs = enumerate(node.value) if isinstance(step, int) and node.id == "sequence" else node.value if node.id == "mapping" else []
-            for key, value in pairs:
-                if key == step or getattr(key, "value", None) == str(step): break
-            else: break
-            line, node = (value if key == step else key).start_mark.line, value
+            if node.id == "sequence": key, node = node.value[step], node.value[step]
+            else:
+                found = [pair for pair in node.value if pair[0].value == str(step)]
+                if not found: break   # it comes from a merged mapping
+                key, node = found[0]
+            line = key.start_mark.line
         return f"{self.file}, line {line + 1}"
 
 
@@ -378,14 +393,16 @@ def read_params(
     except (OSError, ValueError) as e: raise JobError(f"{path} cannot be read: {e}") from None
     try: root, data = _read_yaml(text)
     except JobError: raise
-    except ValueError as e: raise JobError(f"{path}, line {getattr(e, 'line', None) or '?'}: not YAML: {e}") from None
+    except ValueError as e:
+        raise JobError(f"{path}, line {getattr(e, 'line', None) or '?'}: not YAML: {e}") from None
     if root is None: return {}
     if not isinstance(data, dict): raise JobError(f"{path}, line {root.start_mark.line + 1}: a parameter file is a mapping of names to values, `steps: 200`")
     found = {}
     for key, node in root.value:
         where = Place(path, key, node)
         if key.value in found: raise JobError(f"{where}: parameter {key.value!r} is given twice")
-        if key.value not in data: raise JobError(f"{where}: {key.value!r} is not the name of a parameter")
+        if key.value not in data:
+            raise JobError(f"{where}: {key.value!r} is not the name of a parameter")
         found[key.value] = (data[key.value], where)
     return found
 
@@ -424,12 +441,13 @@ def _checked(job, params, name, value, where, read):
         if isinstance(where, Place): lead = f"{where.inside(e.path)}: "
         field = name + "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in e.path)
         raise JobError(f"{lead}parameter {field!r} of job {job!r} {e.problem}") from None
-    except (ValueError, RuntimeError) as e:   # RecursionError is one
-        raise JobError(f"{lead}parameter {name!r} of job {job!r} cannot be read: {str(e).splitlines()[0]}") from None
+    except (ValueError, RuntimeError, ImportError) as e:   # RecursionError is a RuntimeError
+        said = (str(e) or type(e).__name__).splitlines()[0]
+        raise JobError(f"{lead}parameter {name!r} of job {job!r} cannot be read: {said}") from None
 
 
 def _at_home(value):
-    "The value with the home directory for the `~/` that a path begins with, also within lists and mappings."
+    "The value with the home directory for the `~/` that a path in it begins with."
     if isinstance(value, list): return [_at_home(v) for v in value]
     if isinstance(value, dict): return {k: _at_home(v) for k, v in value.items()}
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
@@ -533,11 +551,12 @@ class _Report:
 def part(
     out: str | Path,  # the run's directory
     name: str,        # of the part
-    settings: Any,    # all that it depends on, as JSON can hold it; of a file that is named in it, size and date count too
+    settings: Any,    # all that it depends on, as JSON has it; size and date of files that it names count
 ) -> Path:            # `out/parts/NAME-KEY`, which need not exist
     "Where a run keeps what a later run may use again if name and settings are equal."
     text = json.dumps([name, _with_stamps(settings)], sort_keys=True, default=str)
-    key, short = blake2b(text.encode(), digest_size=8).hexdigest(), re.sub(r"[^\w.-]+", "_", name)[:60]
+    key = blake2b(text.encode(), digest_size=8).hexdigest()
+    short = re.sub(r"[^\w.-]+", "_", name)[:60]
     folder = Path(out)/PARTS
     folder.mkdir(parents=True, exist_ok=True)
     return folder/f"{short}-{key}"
@@ -557,14 +576,15 @@ def _replace(path, text):
 
 
 def _with_stamps(value):
-    "The settings, where a path that exists brings size and date, of a directory those of the files in it."
+    "The settings, with size and date of each file, or of the files in each directory, named in them."
     if isinstance(value, dict): return {str(k): _with_stamps(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_with_stamps(v) for v in value]
     if not isinstance(value, (str, Path)): return value
     with suppress(OSError, ValueError):
         path = Path(value)
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        return [str(value), [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]]
+        stats = [(f.name, f.stat()) for f in files if f.is_file()]
+        return [str(value), [(name, s.st_size, s.st_mtime_ns) for name, s in stats]]
     return str(value)
 
 
@@ -575,7 +595,8 @@ def _written(out):
         for path in (Path(at, name) for name in folders + files):
             with suppress(FileNotFoundError):
                 about = path.lstat()
-                found[path.relative_to(out).as_posix()] = None if S_ISDIR(about.st_mode) else [about.st_size, about.st_mtime_ns]
+                file = None if S_ISDIR(about.st_mode) else [about.st_size, about.st_mtime_ns]
+                found[path.relative_to(out).as_posix()] = file
     return {k: v for k, v in found.items() if k not in (MARKER, f"{MARKER}.tmp", LOCK)}
 
 
@@ -584,15 +605,18 @@ def _read_marker(out, job):
     marker = out/MARKER
     if not marker.exists():
         if others := sorted(p.name for p in out.iterdir() if p.name not in (LOCK, f"{MARKER}.tmp")):
-            raise JobError(f"{out} holds {', '.join(others[:3])}{', …' * (len(others) > 3)}, and no {MARKER} says that a job wrote that; "
+            names = ", ".join([*others[:3], *["…"] * (len(others) > 3)])
+            raise JobError(f"{out} holds {names}, and no {MARKER} says that a job wrote that; "
                            "name a new or empty directory with --out")
         return {}
     try:
         about = json.loads(marker.read_text(encoding="utf-8"))
-        if not isinstance(about["wrote"], dict) or any(Path(p).is_absolute() or ".." in Path(p).parts for p in about["wrote"]): raise ValueError("its list is damaged")
-        if about["job"] != job: raise JobError(f"{out} is the directory of a run of the job {about['job']!r}; name another with --out")
-    except JobError: raise
-    except (OSError, ValueError, KeyError, TypeError) as e: raise JobError(f"{marker} cannot be read ({e}); name another directory with --out") from None
+        owner, wrote = about["job"], [Path(p) for p in dict(about["wrote"])]
+        if any(p.is_absolute() or ".." in p.parts for p in wrote): raise ValueError("paths outside")
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise JobError(f"{marker} cannot be read ({e}); name another directory with --out") from None
+    if owner != job:
+        raise JobError(f"{out} is the directory of a run of the job {owner!r}; name another with --out")
     return about
 
 # %% ../nbs/41_jobs.ipynb #5d1f0a52
@@ -605,7 +629,7 @@ def _texts(value):
 
 
 def _place_in(out, text):
-    "The path below `out` that a text names, a dot for `out` itself; empty if it names nothing there."
+    "The path below `out` that a text names, a dot for `out` itself, or nothing."
     with suppress(OSError, ValueError):
         if Path(text).exists(): return Path(text).resolve().relative_to(out.resolve()).as_posix()
     return ""
@@ -616,19 +640,23 @@ def _check_gone(plan, wrote, gone, ended):
     now, own = _written(plan.out), {plan.file(s).name for s in SUFFIXES}
     changed = [p for p in gone if p not in own and now.get(p) and now[p] != wrote[p]]
     if ended and changed:
-        raise JobError(f"{plan.out/changed[0]} was changed after the job had written it; copy it elsewhere or delete it, then run again")
+        raise JobError(f"{plan.out/changed[0]} was changed after the job had written it; "
+                       "copy it elsewhere or delete it, then run again")
     for name, text in ((k, t) for k, v in plan.values.items() if k != "out" for t in _texts(v)):
         inside = _place_in(plan.out, text)
-        if inside and any(inside == "." or p == inside or p.startswith(f"{inside}/") for p in gone if p in now):
-            raise JobError(f"parameter {name!r} names {text}, which the run before wrote and this one would delete; copy it elsewhere first")
+        lost = [p for p in gone if p in now and (inside in (".", p) or p.startswith(f"{inside}/"))]
+        if inside and lost:
+            raise JobError(f"parameter {name!r} names {text}, which the run before wrote and this one "
+                           "would delete; copy it elsewhere first")
 
 
 def _clear(plan, marker):
-    "Delete what the run before wrote, but for parts; with `resume`, its notebook and page alone. Returns what stays of it."
+    "Delete what the run before wrote, except parts and what is resumed; return what stays of it."
     wrote, own = marker.get("wrote", {}), {plan.file(s).name for s in SUFFIXES}
-    parts = "resume" not in plan.values
-    gone = [p for p in wrote if p in own or plan.values.get("resume") is not True and not (parts and p.split("/")[0] == PARTS)]
-    _check_gone(plan, wrote, gone, marker.get("state") != "running")   # one that was killed could not keep its list
+    resume = plan.values.get("resume")   # None: the job has no such parameter
+    def stays(p): return resume is True or resume is None and p.split("/")[0] == PARTS
+    gone = [p for p in wrote if p in own or not stays(p)]
+    _check_gone(plan, wrote, gone, marker.get("state") != "running")   # not if it was killed
     for p in gone:
         with suppress(OSError):
             if wrote[p] is not None: (plan.out/p).unlink()
@@ -643,22 +671,27 @@ def run_directory(
     plan: JobPlan,
     force: bool = False,   # run over a finished run
 ) -> Iterator[Path]:       # the directory
-    "The run's directory, for one job: locked, cleared of the run before, and with a list of what is written there."
+    "Lock the directory of a run, clear it of the run before, and list what is written there."
     out, stop = plan.out, Event()
     try: out.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as e: raise JobError(f"{out} cannot be made: {getattr(e, 'strerror', e)}") from None
+    except (OSError, ValueError) as e:
+        raise JobError(f"{out} cannot be made: {getattr(e, 'strerror', e)}") from None
     _read_marker(out, plan.name)   # a directory of somebody else does not get a lock either
     try: lock = FileLock(out/LOCK, timeout=0).acquire()
-    except Timeout: raise JobError(f"{out} is in use by another job; wait until it has ended, or name another directory with --out") from None
+    except Timeout:
+        raise JobError(f"{out} is in use by another job; wait until it has ended, "
+                       "or name another directory with --out") from None
     except OSError as e: raise JobError(f"{out} cannot be written to: {e.strerror}") from None
     with lock:
         marker, done = _read_marker(out, plan.name), plan.file(".ipynb")
-        if done.exists() and not force: raise JobError(f"{done} is a finished run; --force runs over it, --out names another directory")
+        if done.exists() and not force:
+            raise JobError(f"{done} is a finished run; --force runs over it, --out names another directory")
         kept = _clear(plan, marker)
         others = set(_written(out)) - set(kept)
         def note(state="running"):
             wrote = {p: v for p, v in _written(out).items() if p not in others}
-            _replace(out/MARKER, json.dumps({"job": plan.name, "state": state, "wrote": wrote}, indent=1))
+            about = {"job": plan.name, "state": state, "wrote": wrote}
+            _replace(out/MARKER, json.dumps(about, indent=1))
         def keep_noting():
             while not stop.wait(1):
                 with suppress(OSError): note()
@@ -792,7 +825,8 @@ def _list_params(name):
 
 # %% ../nbs/41_jobs.ipynb #fc50639a
 def _parser():
-    p = _Parser(prog="bgem3-job", allow_abbrev=False, usage="bgem3-job [list] | NAME [-p NAME VALUE] [-f FILE] [--out DIR] [options]",
+    p = _Parser(prog="bgem3-job", allow_abbrev=False,
+                usage="bgem3-job [list] | NAME [-p NAME VALUE] [-f FILE] [--out DIR] [options]",
                 description="Run a job: a notebook, with your parameters. Results go to the run's directory.")
     p.add_argument("job", nargs="?", default="list", help="a job, `list` (the default), or `params NAME`")
     p.add_argument("of", nargs="?", help=SUPPRESS)
