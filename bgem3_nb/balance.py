@@ -152,7 +152,7 @@ def _bars(columns, top=8, marks=None):
             ax.barh(at + (i - (len(series) - 1) / 2) * width, [values.get(v, 0) / total for v in shown[column]], width * .92, label=name, color=("#b9c3cc", "#2a6fbb")[i] if len(series) > 1 else "#2a6fbb")
         for j, v in enumerate(shown[column]):
             if (column, v) in (marks or {}): ax.plot([marks[column, v]] * 2, [j - .45, j + .45], color="#c0392b", lw=1.8, label="target" if not ax.lines else None)
-        ax.set_yticks(at, [(v or "(empty)")[:32] for v in shown[column]]); ax.invert_yaxis(); ax.set_title(column, fontsize=10, loc="left")
+        ax.set_yticks(at, [(v or "(empty)")[:32] for v in shown[column]], parse_math=False); ax.invert_yaxis(); ax.set_title(column, fontsize=10, loc="left")
         ax.xaxis.set_major_formatter("{x:.0%}"); ax.spines[["top", "right"]].set_visible(False); ax.tick_params(labelsize=9)
     if len(next(iter(columns.values()))) > 1: axes[0, 0].legend(fontsize=9, frameon=False, loc="lower right")
     return fig

@@ -262,7 +262,8 @@ def plot_intervals(
         ax.hlines(y, low, high, color=color, lw=2, alpha=.6)
         ax.plot(mean, y, "o", color=color, label=label, ms=6)
         for m, h, at in zip(mean, high, y): ax.annotate(f"{m:.3f}", (h, at), (4, 0), textcoords="offset points", va="center", fontsize=8, color=color)
-    ax.set(yticks=range(len(names)), yticklabels=names, xlabel=metric, ylim=(len(names) - .5, -.5))
+    ax.set_yticks(range(len(names)), names, parse_math=False)   # a name may have a $ in it
+    ax.set(xlabel=metric, ylim=(len(names) - .5, -.5))
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0); ax.grid(axis="x", alpha=.3); ax.margins(x=.12)
     if after: ax.legend(frameon=False, ncol=2, loc="lower left", bbox_to_anchor=(-.02, 1), borderaxespad=0)

@@ -45,7 +45,9 @@ def test_lean_lexical_head_is_the_references():
 
 @pytest.mark.parametrize("words, wanted", [
     (["-p", "grid", '{"theirs": [{}]}'], ["theirs", "FlagEmbedding", "sentence-transformers"]),
-    (["-p", "redo", "[theirs]"], ["theirs", "start, ours"]),
+    (["-p", "redo", "[theirs]"], ["theirs", "'start', 'ours'"]),
+    (["-p", "redo", '["FlagEmbedding, own heads"]'], ["FlagEmbedding, own heads", "start, ours"]),
+    (["-p", "data", "{law: {source: data/law_mini.jsonl}}"], ["data.law has no test"]),
 ])
 def test_bad_input(words, wanted, tmp_path, launch):
     done = launch("compare", "-f", "compare_smoke", *words, "--out", str(tmp_path / "run"), "--no-progress")

@@ -13,6 +13,8 @@ from nbformat import read
 PARAMETERS = '''steps: int = 3           # how many
 lr: float = 1e-3         # learning rate
 note: str | None = None  # a remark
+labels: "Fields['rows.LABELS']" = {}  # of rows that have none
+settings: "dict[str, {'rate': float, 'most': int}]" = {}  # of each step
 out: str = "data/runs/toy"  # where the results go'''
 
 
@@ -23,7 +25,9 @@ def one_sentence(result, *words):
     for word in words: assert word in result.stderr, result.stderr
 
 
-def files(folder): return sorted(p.name for p in folder.rglob("*") if p.is_file())
+def files(folder):
+    "Names of the files below a folder, without those by which the launcher looks after it."
+    return sorted(p.name for p in folder.rglob("*") if p.is_file() and p.name not in (".lock", "run.json"))
 
 
 # ---- the project's own jobs
@@ -83,6 +87,10 @@ def test_lists_parameters(job, launch):
     (["-p", "steps"], ["-p takes a name and a value"]),
     (["-f", "nowhere.yaml"], ["no parameter file 'nowhere.yaml'"]),
     (["--fast"], ["--fast"]),
+    (["--p", "steps", "9"], ["--p"]),
+    (["-psteps", "9"], ["-p/--param: expected 2 arguments"]),
+    (["-p", "labels", "{language: no}"], ["'labels.language'", "must be str", 'write "no" in quotes']),
+    (["-p", "labels", "{langauge: vi}"], ["'labels.langauge'", "is unknown; did you mean 'language'?"]),
 ])
 def test_refuses(job, launch, tmp_path, args, words):
     job("50_toy", PARAMETERS)
@@ -97,6 +105,11 @@ def test_refuses(job, launch, tmp_path, args, words):
     ("- steps\n", ["bad.yaml, line 1", "mapping"]),
     ("steps: 1\nlr: 'x\n", ["bad.yaml, line", "not YAML"]),
     ("steps: 1\nsteps: 2\n", ["bad.yaml, line 2", "given twice"]),
+    ("labels: {language: vi}\nlr: 1\nsettings:\n  first: {rate: 1e-5}\n  second:\n    rate: fast\n", ["bad.yaml, line 6", "'settings.second.rate'", "must be float, not 'fast'"]),
+    ("settings:\n  first: {rat: 1}\n", ["bad.yaml, line 2", "'settings.first.rat'", "is unknown; did you mean 'rate'?"]),
+    ("labels:\n  source: x\n  domain: 2024\n", ["bad.yaml, line 3", "'labels.domain'", "must be str, not 2024", 'write "2024" in quotes']),
+    ("labels: {language: no}\n", ["bad.yaml, line 1", "'labels.language'", "must be str, not 'no'", 'write "no" in quotes']),
+    ("labels: {domain: 2024-05-01}\n", ["'labels.domain'", "must be str, not '2024-05-01'", "in quotes"]),
 ])
 def test_refuses_file(job, launch, tmp_path, text, words):
     job("50_toy", PARAMETERS)
@@ -124,11 +137,11 @@ def test_dry_run_runs_nothing(job, launch, tmp_path):
 # ---- runs
 
 def test_runs_with_files_and_overrides(job, launch, tmp_path):
-    job("50_toy", PARAMETERS, "print(f'{steps=} {lr=} {note=} {out=}')", "{'a table': steps}")
-    (tmp_path / "small.yaml").write_text("lr: 1e-2\nsteps: 7\n")
+    job("50_toy", PARAMETERS, "print(f'{steps=} {lr=} {note=} {out=}', settings)", "{'a table': steps}")
+    (tmp_path / "small.yaml").write_text("lr: 1e-2\nsteps: 7\nsettings: {first: {rate: 1e-5}}\n")
     result = launch("toy", "-f", "small.yaml", "-p", "steps", "2", "--out", "run")
     assert result.returncode == 0, result.stderr
-    assert "steps=2 lr=0.01 note=None out='run'" in result.stdout and "{'a table': 2}" in result.stdout
+    assert "steps=2 lr=0.01 note=None out='run' {'first': {'rate': 1e-05}}" in result.stdout and "{'a table': 2}" in result.stdout
     assert files(tmp_path / "run") == ["toy.html", "toy.ipynb"]
     page = (tmp_path / "run" / "toy.html").read_text(encoding="utf-8")
     assert "steps=2" in page and "50_toy" in page
@@ -254,8 +267,9 @@ def test_stopped(job, tmp_path, started, sig, code):
 
 def test_stopped_at_once(job, tmp_path, started):
     "A cell that takes no notice of Ctrl-C does not outlive the second one."
-    job("50_toy", PARAMETERS, "import os, time\nprint('kernel', os.getpid(), flush=True)\nwhile True:\n"
-        "    try: time.sleep(60)\n    except KeyboardInterrupt: print('no', flush=True)")
+    job("50_toy", PARAMETERS, "import os, time\nsaid = False\nwhile True:\n    try:\n"
+        "        if not said: said = True; print('kernel', os.getpid(), flush=True)\n"
+        "        time.sleep(60)\n    except KeyboardInterrupt: print('no', flush=True)")
     process, kernel = started()
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "no\n"
@@ -263,3 +277,106 @@ def test_stopped_at_once(job, tmp_path, started):
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in stderr, stderr
     assert files(tmp_path / "run") == ["toy.failed.ipynb"] and gone(kernel)
+
+
+# ---- the run's directory
+
+WRITES = "from pathlib import Path\nfor i in range(steps): Path(out, f'{i}.txt').write_text(str(i))\nPath(out, 'parts').mkdir(exist_ok=True)\nPath(out, 'parts', 'x-1').touch()"
+
+
+def test_a_directory_of_somebody_else(job, launch, tmp_path):
+    "What no job wrote is not touched, with or without --force."
+    job("50_toy", PARAMETERS, WRITES)
+    (tmp_path / "mine" / "runs").mkdir(parents=True)
+    (tmp_path / "mine" / "runs" / "thesis.txt").write_text("years of work")
+    for words in ([], ["--force"]):
+        one_sentence(launch("toy", "--out", "mine", *words), "mine holds runs, and no run.json says that a job wrote that", "--out")
+        assert sorted(p.name for p in (tmp_path / "mine").rglob("*")) == ["runs", "thesis.txt"]
+
+
+def test_the_project_s_jobs_delete_nothing_of_yours(launch, tmp_path):
+    "`compare --out data` emptied data/runs, `train --out X` removed X/checkpoints."
+    for name, folder in (("compare", "runs"), ("train", "checkpoints"), ("prepare", "queries")):
+        (tmp_path / name / folder).mkdir(parents=True)
+        (tmp_path / name / folder / "thesis.txt").write_text("years of work")
+        one_sentence(launch(name, "-f", f"{name}_smoke", "--out", name, "--force"), f"{name} holds {folder}, and no run.json")
+        assert (tmp_path / name / folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_forcing_leaves_nothing_of_the_run_before(job, launch, tmp_path):
+    job("50_toy", PARAMETERS, WRITES)
+    assert launch("toy", "--out", "run").returncode == 0
+    (tmp_path / "run" / "notes.md").write_text("mine")
+    assert launch("toy", "--out", "run", "--force", "-p", "steps", "1").returncode == 0
+    assert files(tmp_path / "run") == ["0.txt", "notes.md", "toy.html", "toy.ipynb", "x-1"]   # parts may be used again
+    marker = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert marker["state"] == "finished" and sorted(marker["wrote"]) == ["0.txt", "parts", "parts/x-1", "toy.html", "toy.ipynb"]
+
+
+@pytest.mark.parametrize("resume, left", [("false", ["0.txt"]), ("true", ["0.txt", "1.txt", "2.txt"])])
+def test_resuming_keeps_what_a_fresh_run_deletes(job, launch, tmp_path, resume, left):
+    job("50_toy", PARAMETERS + "\nresume: bool = False", WRITES)
+    assert launch("toy", "--out", "run").returncode == 0
+    job("50_toy", PARAMETERS + "\nresume: bool = False", "from pathlib import Path\nprint(sorted(p.name for p in Path(out, 'parts').glob('*')))\n" + WRITES)
+    again = launch("toy", "--out", "run", "--force", "-p", "steps", "1", "-p", "resume", resume)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip() == ("['x-1']" if resume == "true" else "[]")
+    assert [f for f in files(tmp_path / "run") if f.endswith(".txt")] == left
+
+
+def test_wrong_parameters_delete_nothing(job, launch, tmp_path):
+    job("50_toy", PARAMETERS, WRITES)
+    assert launch("toy", "--out", "run").returncode == 0
+    before = files(tmp_path / "run")
+    one_sentence(launch("toy", "--out", "run", "--force", "-p", "settings", "{first: {most: 1.5}}"), "'settings.first.most'", "must be int")
+    assert files(tmp_path / "run") == before
+
+
+def test_what_a_run_would_delete_is_not_its_input(job, launch, tmp_path):
+    job("50_toy", PARAMETERS, WRITES)
+    assert launch("toy", "--out", "run").returncode == 0
+    one_sentence(launch("toy", "--out", "run", "--force", "-p", "note", "run/2.txt"), "'note' names run/2.txt", "copy it elsewhere")
+    (tmp_path / "run" / "2.txt").write_text("labelled by hand")
+    one_sentence(launch("toy", "--out", "run", "--force"), "run/2.txt was changed after the job had written it")
+    assert (tmp_path / "run" / "2.txt").read_text() == "labelled by hand" and (tmp_path / "run" / "0.txt").exists()
+
+
+def test_a_directory_of_another_job(job, launch, tmp_path):
+    job("50_toy", PARAMETERS, WRITES)
+    job("51_other", PARAMETERS, WRITES)
+    assert launch("toy", "--out", "run").returncode == 0
+    one_sentence(launch("other", "--out", "run", "--force"), "run is the directory of a run of the job 'toy'")
+
+
+def test_two_jobs_at_once(job, launch, tmp_path, started):
+    "The second one says so, and leaves the first alone."
+    job("50_toy", PARAMETERS, "import os, time\nfrom pathlib import Path\nprint('kernel', os.getpid(), flush=True)\n"
+        "while not Path('go').exists(): time.sleep(.05)\nPath(out, 'done.txt').touch()")
+    process, _ = started()
+    for words in ([], ["--force"]): one_sentence(launch("toy", "--out", "run", *words), "run is in use by another job", "--out")
+    (tmp_path / "go").touch()
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert files(tmp_path / "run") == ["done.txt", "toy.html", "toy.ipynb"]
+
+
+def test_a_killed_job_leaves_no_lock(job, launch, tmp_path, started):
+    "Its list is kept while it runs, so that the next run can clear what it left."
+    job("50_toy", PARAMETERS, "import os, time\nfrom pathlib import Path\nPath(out, 'old.txt').touch()\nprint('kernel', os.getpid(), flush=True)\ntime.sleep(600)")
+    process, kernel = started()
+    for _ in range(600):
+        if "old.txt" in json.loads((tmp_path / "run" / "run.json").read_text())["wrote"]: break
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    job("50_toy", PARAMETERS, WRITES)
+    result = launch("toy", "--out", "run", "-p", "steps", "1")
+    assert result.returncode == 0, result.stderr
+    assert files(tmp_path / "run") == ["0.txt", "toy.html", "toy.ipynb", "x-1"] and gone(kernel)
+
+
+def test_the_home_directory_in_out(job, launch, tmp_path):
+    job("50_toy", PARAMETERS, "print(out)")
+    result = launch("toy", "--out", "~/run", HOME=str(tmp_path / "home"))
+    assert result.returncode == 0 and result.stdout.strip() == str(tmp_path / "home" / "run"), result.stderr
+    assert files(tmp_path / "home" / "run") == ["toy.html", "toy.ipynb"] and not (tmp_path / "~").exists()

@@ -38,7 +38,7 @@ def test_strict_stops_at_the_first_bad_row(tmp_path, launch):
     done = launch("prepare", "-p", "data", str(tmp_path/"rows.jsonl"), "-p", "strict", "true", "--out", "run", "--no-progress")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for part in ("rows.jsonl, line 2, field 'pos'", "found int '5'"): assert part in done.stderr, done.stderr
-    assert [p.name for p in (tmp_path/"run").iterdir()] == ["prepare.failed.ipynb"]
+    assert sorted(p.name for p in (tmp_path/"run").iterdir() if p.name != ".lock") == ["prepare.failed.ipynb", "run.json"]
 
 
 def test_a_dry_run_asks_nobody(tmp_path, launch):
@@ -89,3 +89,24 @@ def test_what_defaults_and_parameter_files_name_is_in_the_wheel(tmp_path, monkey
             found |= {t for t in named if t.startswith(str(REPO/"data"))}
     assert {str(REPO/"data"/n) for n in ("company", "company/documents", "law_mini.jsonl", "rental/listings.json")} <= found
     for path in found: assert any(f == REPO/path or str(f).startswith(path + "/") for f in packed), path
+
+
+def test_forcing_with_other_settings_leaves_no_old_test(tmp_path, launch):
+    "The rows of the old test are in the new training rows: beside them, it would be no test."
+    words = ["prepare", "-f", "prepare_smoke", "--out", "run", "--no-progress", "-p", "data", str(REPO/"data"/"law_mini.jsonl")]
+    done = launch(*words, "-p", "test", "0.3")
+    assert done.returncode == 0, done.stderr
+    held_out = {r["query"] for r in rows(tmp_path/"run"/"test.jsonl")}
+    done = launch(*words, "-p", "test", "0", "--force")
+    assert done.returncode == 0, done.stderr
+    trained = {r["query"] for name in ("train", "valid") for r in rows(tmp_path/"run"/f"{name}.jsonl")}
+    assert held_out and held_out <= trained and not (tmp_path/"run"/"test.jsonl").exists()
+
+
+def test_a_dollar_in_a_label(tmp_path, launch):
+    "It begins no formula in a figure."
+    lines = [{"query": f"what is {i}", "pos": [f"the answer number {i} is {i * 7919}"], "domain": ["$x", "a$b$", r"$\frac$"][i % 3]} for i in range(30)]
+    (tmp_path/"rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+    done = launch("prepare", "-p", "data", "rows.jsonl", "-p", "fill_language", "false", "-p", "near", "0", "-p", "targets", '{domain: {"$x": 0.5}}', "--out", "run", "--no-progress")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path/"run"/"balance.png").is_file()
