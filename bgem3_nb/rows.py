@@ -624,7 +624,8 @@ def _parquet(path, names):
             numbers = range(start, start + len(batch))
             yield _Chunk(_valid(batch), lambda: (("row", n, row) for n, row in zip(numbers, _dicts(batch))), numbers)
             start += len(batch)
-    except pa.ArrowException as e:
+    except (pa.ArrowException, OSError) as e:
+        if getattr(e, "errno", None): raise
         raise RowError(f"not a readable Parquet file ({str(e).splitlines()[0][:80]})", path) from None
 
 def _valid(batch):
@@ -944,6 +945,12 @@ class RetrievalSet:
     qrels: list[set[int]]   # (n_q,) positions in `passages`
     aliases: dict[str, int] = field(default_factory=dict, repr=False)  # every id of a passage -> its position
     domains: list[str] = field(default_factory=list, repr=False)       # (n_q,) of the query's first row
+    grades: list[dict[int, float]] = field(default_factory=list, repr=False)  # (n_q,) position -> grade, if any is not 1
+
+    @property
+    def judgements(self) -> list:
+        "What an evaluation counts: the grades where there are any, else the sets of `qrels`."
+        return self.grades or self.qrels
 
     def __len__(self): return len(self.queries)
 
