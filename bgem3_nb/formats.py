@@ -207,12 +207,14 @@ def _flat(path, rejected, required=(), **options):
     return Collection(rows, counts={path.name: {"in": len(rows) + bad, "out": len(rows), "rejected": bad}}, notes=notes)
 
 # %% ../nbs/27_formats.ipynb #7d31c0ae
-PAIRS_OF_TEXT = [p.split() for p in ("premise hypothesis", "sentence1 sentence2", "sentence_a sentence_b", "text1 text2",
-                                     "text_a text_b", "question1 question2", "question sentence", "sent1 sent2")]
-INFERENCE = PAIRS_OF_TEXT[0], PAIRS_OF_TEXT[6]   # where 0 often stands for entailment
-LABEL_NAMES = ("gold_label", "label", "labels", "is_duplicate", "similarity", "similarity_score", "relatedness_score",
-               "relevance", "score")
-NO_TEXT = re.compile(r"(?i:(.*_)?(ids?|idx|index|split|genre|dataset|filename|year|fold|url))|.*[a-z]ID|[a-z]{1,3}id\d*")
+PAIRS_OF_TEXT = [p.split() for p in (
+    "premise hypothesis", "question sentence", "sentence1 sentence2", "sentence_a sentence_b",
+    "text1 text2", "text_a text_b", "question1 question2", "sent1 sent2")]
+INFERENCE = PAIRS_OF_TEXT[:2]   # beside these, 0 often stands for entailment
+LABEL_NAMES = ("gold_label", "label", "labels", "is_duplicate", "similarity", "similarity_score",
+               "relatedness_score", "relevance", "score")
+NO_TEXT = re.compile(r"(?i:(.*_)?(ids?|idx|index|split|genre|dataset|filename|year|fold|url))"
+                     r"|.*[a-z]ID|[a-z]{1,3}id\d*")   # names of columns that hold no text of a pair
 
 # %% ../nbs/27_formats.ipynb #e05b7734
 def _pair_of(columns):
@@ -235,13 +237,14 @@ def _labelled_columns(columns):
 def _texts_among(columns):
     "The columns that may hold texts of a pair."
     other = {*LABELS, "query_id", "prompt"}
-    return [c for c in columns if c.lower() not in LABEL_NAMES and not NO_TEXT.fullmatch(c) and ALIASES.get(c, c) not in other]
+    texts = [c for c in columns if c.lower() not in LABEL_NAMES and not NO_TEXT.fullmatch(c)]
+    return [c for c in texts if ALIASES.get(c, c) not in other]
 
 def _unsure(columns, path):
     "The error where it is not certain which columns are the query and its passage."
     names = [*_texts_among(columns), "…", "…"][:2]
-    return RowError(f"the columns are {_and(columns)}, and which are the query and its passage is not certain; say it "
-                    f"with rename={{'{names[0]}': 'query', '{names[1]}': 'pos'}}", path)
+    return RowError(f"the columns are {_and(columns)}, and which are the query and its passage is not "
+                    f"certain; say it with rename={{'{names[0]}': 'query', '{names[1]}': 'pos'}}", path)
 
 def _sentence_transformers(path, rejected, labels=None, rename=None, ignore=(), nfc=False, **options):
     "Collection of a file whose columns count by their order, or of pairs with a label."
@@ -271,10 +274,11 @@ def _value(label):
     "A label's text in one spelling, and its number if it is one."
     try: number = float(text := str(label).strip().lower())
     except ValueError: return text, None
-    return (str(int(number)) if number.is_integer() else text), number if math.isfinite(number) else None
+    if not math.isfinite(number): return text, None
+    return str(int(number)) if number.is_integer() else text, number
 
 def _meaning_of(found, pair, labels):
-    "{label: above 0.5 for a positive, None for a pair to leave out}; without a label that cannot be read. None if unsure."
+    "{label: above 0.5 for a positive, None to leave out}, without unknown labels; None if unsure."
     values = {label: _value(label) for label in found}
     texts, numbers = {t for t, _ in values.values()}, {n for _, n in values.values() if n is not None}
     if isinstance(labels, dict):
@@ -282,9 +286,11 @@ def _meaning_of(found, pair, labels):
         return {label: given[t] for label, (t, _) in values.items() if t in given}
     if labels:
         low, high = labels
-        return {label: 0 if n <= low else 1 if n >= high else None for label, (_, n) in values.items() if n is not None}
+        side = lambda n: 0 if n <= low else 1 if n >= high else None
+        return {label: side(n) for label, (_, n) in values.items() if n is not None}
     inference = [c.lower() for c in pair] in INFERENCE
-    if inference and numbers <= {-1, 0, 1, 2} and 2 in numbers: meaning = {"0": 1, "1": None, "2": 0, "-1": None}
+    if inference and 2 in numbers and numbers <= {-1, 0, 1, 2}:
+        meaning = {"0": 1, "1": None, "2": 0, "-1": None}
     elif numbers and (min(numbers) < 0 or max(numbers) > 1 or inference and numbers <= {0, 1}): return None
     elif numbers: meaning = {t: n for t, n in values.values() if n is not None}
     else: meaning = MEANINGS
@@ -296,9 +302,13 @@ def _ask(found, path, field):
     shown = [str(label) for label in found[:8]]
     if len(numbers) == len(found) > 2:
         low, high = (f"{numbers[0] + share * (numbers[-1] - numbers[0]):g}" for share in (.4, .8))
-        way = f"labels=[{low}, {high}] for scores: {low} and less is a negative, {high} and more a positive"
-    else: way = f"labels={dict.fromkeys(shown, '…')} with 1 for a positive, 0 for a negative, None to leave out".replace("'…'", "…")
-    return RowError(f"the labels {_and(shown)}{' and others' if len(found) > 8 else ''} do not say which pairs belong together; give {way}", path, field=field)
+        way = f"[{low}, {high}] for scores: {low} and less is a negative, {high} and more a positive"
+    else:
+        classes = ", ".join(f"{label!r}: …" for label in shown)
+        way = f"{{{classes}}} with 1 for a positive, 0 for a negative, None to leave out"
+    others = " and others" if len(found) > 8 else ""
+    return RowError(f"the labels {_and(shown)}{others} do not say which pairs belong together; "
+                    f"give labels={way}", path, field=field)
 
 # %% ../nbs/27_formats.ipynb #b6640f19
 def _labelled(path, columns, labels, nfc, rejected):
@@ -306,20 +316,25 @@ def _labelled(path, columns, labels, nfc, rejected):
     if labels is not None and not isinstance(labels, dict):
         limits = [_value(v)[1] for v in labels] if isinstance(labels, (list, tuple)) else []
         if len(limits) != 2 or None in limits or limits[0] > limits[1]:
-            raise ValueError(f"labels={labels!r} must be {{label: 1, 0 or None}}, or [highest of a negative, lowest of a positive]")
+            raise ValueError(f"labels={labels!r} must be {{label: 1, 0 or None}}, or "
+                             "[highest of a negative, lowest of a positive]")
         labels = limits
     counts, notes, kinds = {}, [], dict(zip(columns, ("filled", "filled", "label")))
-    pairs = _whole(_records(path, kinds, counts, rejected, notes=notes), kinds).rename_columns(["query", "text", "label", "line"])
+    pairs = _whole(_records(path, kinds, counts, rejected, notes=notes), kinds)
+    pairs = pairs.rename_columns(["query", "text", "label", "line"])
     codes = _column(pairs, "label").dictionary_encode()
     found = codes.dictionary.to_pylist()
     meaning = _meaning_of(found, columns[:2], labels) if found else {}
     if meaning is None: raise _ask(found, path, columns[2])
-    value = np.array([meaning.get(label, -1) for label in found] or [0], float)[codes.indices.to_numpy()]
-    unread = lambda row: f"the label {row['label']!r} is not one of {_and(list(map(str, meaning))[:8])}; correct it, or give labels="
+    value = np.array([meaning.get(label, -1) for label in found] or [0], float)
+    value = value[codes.indices.to_numpy()]   # (n,) -1 unknown, nan to leave out
+    known = _and(list(meaning)[:8])
+    unread = lambda row: f"the label {row['label']!r} is not one of {known}; correct it, or give labels="
     pairs = _without(pairs, value == -1, unread, path, counts, rejected, columns[2])
     value = value[value != -1]
-    shown = {word: [k for k, v in meaning.items() if v is not None and (v > .5) == good] for word, good in (("positive", True), ("negative", False))}
-    notes += [f"{path.name}: {columns[2]} {_and(names)} makes a {word}" for word, names in shown.items() if 0 < len(names) < 9]
+    for word, good in (("positive", True), ("negative", False)):
+        names = [k for k, v in meaning.items() if v is not None and (v > .5) == good]
+        if 0 < len(names) < 9: notes.append(f"{path.name}: {columns[2]} {_and(names)} makes a {word}")
     if n := int(np.isnan(value).sum()): notes.append(f"{n} pairs are neither positive nor negative and are in no row")
     pairs, value = pairs.filter(pa.array(~np.isnan(value))), value[~np.isnan(value)]
     keys, good = _folded(pairs["query"]), value > .5
@@ -327,7 +342,8 @@ def _labelled(path, columns, labels, nfc, rejected):
     reason = lambda row: "no pair of this query is labelled as a positive; give one, or remove the pairs"
     pairs = _without(pairs, orphan, reason, path, counts, rejected, columns[2])
     rows = _grouped(pairs, keys.filter(pa.array(~orphan)), good[~orphan], path.stem, nfc=nfc)
-    return Collection(rows, counts=counts, notes=[*notes, f"{len(pairs)} labelled pairs became {len(rows)} rows, one for each query"])
+    notes.append(f"{len(pairs)} labelled pairs became {len(rows)} rows, one for each query")
+    return Collection(rows, counts=counts, notes=notes)
 
 def _grouped(pairs, keys, good, source, ids=None, query_ids=None, nfc=False):
     "Rows of the schema from (query, text) pairs, one for each key, in order of first appearance."
@@ -361,9 +377,10 @@ CORPUS = {"_id": "id", "title": "text", "text": "text"}
 QUERIES = {"_id": "id", "text": "filled"}
 QRELS = {"query-id": "id", "corpus-id": "id", "score": "number"}
 QREL_NAMES = {**dict.fromkeys(("query_id", "qid", "query", "topic", "topic_id"), "query-id"),
-              **dict.fromkeys(("corpus_id", "docid", "doc_id", "docno", "did", "pid", "passage_id", "document_id"), "corpus-id"),
+              **dict.fromkeys(("corpus_id", "docid", "doc_id", "docno", "did", "pid", "passage_id"), "corpus-id"),
               **dict.fromkeys(("relevance", "rel", "grade", "label"), "score")}
-QREL_ORDER = {n: ["query-id", *["iteration"] * (n == 4), "corpus-id", *["score"] * (n > 2)] for n in (2, 3, 4)}
+QREL_ORDER = {2: ["query-id", "corpus-id"], 3: ["query-id", "corpus-id", "score"],
+              4: ["query-id", "iteration", "corpus-id", "score"]}
 
 def _split_of(folder, split):
     "The file of a split's judgements and the names of the others."
@@ -376,15 +393,16 @@ def _split_of(folder, split):
 
 def _judgements(path, ids):
     "Chunks of a table of judgements, with or without a header, in tabs or spaces."
-    lines = ((n, text.split() if len(cells) == 1 else cells, text) if isinstance(cells, list) else (n, cells, text)
-             for n, cells, text in _tsv_cells(path))
+    spaced = lambda cells, text: text.split() if isinstance(cells, list) and len(cells) == 1 else cells
+    lines = ((n, spaced(cells, text), text) for n, cells, text in _tsv_cells(path))
     if (first := next(lines, None)) is None: return
     cells = first[1] if isinstance(first[1], list) else [""]
     names = [QREL_NAMES.get(c.strip().lower(), c.strip().lower()) for c in cells]
     order = QREL_ORDER.get(len(cells))
     if {"query-id", "corpus-id"} <= set(names): order = names
     elif order is None:
-        raise RowError("expected query, document and score, or TREC's four columns; write a header query-id, corpus-id, score", path, first[0])
+        raise RowError("expected query, document and score, or TREC's four columns; write a header "
+                       "query-id, corpus-id, score", path, first[0])
     elif cells[0] in ids or _is_number(cells[-1]): lines = chain([first], lines)
     yield from _table_chunks(lines, path, order)
 
@@ -397,25 +415,30 @@ def _beir(folder, rejected, split=None, nfc=False):
     folder, counts, notes = Path(folder), {}, []
     file, others = _split_of(folder, split)
     corpus = _with_own_id(folder/"corpus.jsonl", CORPUS, counts, rejected, notes)
-    queries = folder/f"{file.stem.removesuffix('_qrels')}_queries.jsonl"
-    queries = _with_own_id(queries if queries.is_file() else folder/"queries.jsonl", QUERIES, counts, rejected, notes)
+    own = folder/f"{file.stem.removesuffix('_qrels')}_queries.jsonl"   # FlagEmbedding has one for each split
+    queries = own if own.is_file() else folder/"queries.jsonl"
+    queries = _with_own_id(queries, QUERIES, counts, rejected, notes)
     qrels = _qrels(file, queries, corpus, counts, rejected, notes)
     if others: notes.append(f"judgements of {file.stem}; there are also {', '.join(others)}")
     bare, untitled = (pc.equal(pc.utf8_trim_whitespace(corpus[c]), "") for c in ("text", "title"))
     both = pc.binary_join_element_wise(corpus["title"], corpus["text"], "\n")
     text = pc.if_else(untitled, corpus["text"], pc.if_else(bare, corpus["title"], both))
     corpus = pa.table({"id": corpus["_id"], "title": corpus["title"], "text": text})
-    return _judged(corpus, pa.table({"id": queries["_id"], "text": queries["text"]}), qrels.rename_columns(["query_id", "corpus_id", "score", "line"]), folder.name, counts, notes)
+    queries = pa.table({"id": queries["_id"], "text": queries["text"]})
+    qrels = qrels.rename_columns(["query_id", "corpus_id", "score", "line"])
+    return _judged(corpus, queries, qrels, folder.name, counts, notes)
 
 # %% ../nbs/27_formats.ipynb #cb0bd43c
 def _with_own_id(path, kinds, counts, rejected, notes):
     "The records of a file that have an id of their own and a text."
     table = _whole(_records(path, kinds, counts, rejected, {"id": "_id"}, notes), kinds)
-    table = _without(table, _bools(pc.equal(table["_id"], "")), lambda row: "missing field; give each record an _id", path, counts, rejected, "_id")
+    nameless, reason = _bools(pc.equal(table["_id"], "")), lambda row: "missing field; give each record an _id"
+    table = _without(table, nameless, reason, path, counts, rejected, "_id")
     if "title" in kinds:
         joined = pc.binary_join_element_wise(table["title"], table["text"], "")
         blank = _bools(pc.equal(pc.utf8_trim_whitespace(joined), ""))
-        table = _without(table, blank, lambda row: "neither a text nor a title; fill one in, or remove the document", path, counts, rejected, "text")
+        reason = lambda row: "neither a text nor a title; fill one in, or remove the document"
+        table = _without(table, blank, reason, path, counts, rejected, "text")
     reason = lambda row: f"the id {row['_id']!r} has stood before, with another text; make ids unique"
     return _unique(table, ["_id"], reason, path, counts, rejected, notes)
 
@@ -429,11 +452,12 @@ def _qrels(path, queries, corpus, counts, rejected, notes):
         reason = lambda row: f"{name}.jsonl has no _id {row[column]!r}; add it, or remove the judgement"
         table = _without(table, missing, reason, path, counts, rejected, column)
     table = table.set_column(2, "score", pc.fill_null(table["score"], 1.0))
-    reason = lambda row: f"query {row['query-id']!r} and document {row['corpus-id']!r} have been judged before, with another score; leave one out"
+    reason = lambda row: (f"query {row['query-id']!r} and document {row['corpus-id']!r} have been judged "
+                          "before, with another score; leave one out")
     return _unique(table, ["query-id", "corpus-id"], reason, path, counts, rejected, notes)
 
 def _unique(table, keys, reason, path, counts, rejected, notes):
-    "The records without those whose key has stood before: the same once more is left out, another one is rejected."
+    "The records whose key is new; the same record again is left out, another one is rejected."
     key = pc.binary_join_element_wise(*(_column(table, k) for k in keys), "\x1f")
     codes = key.dictionary_encode().indices.to_numpy()
     first = np.unique(codes, return_index=True)[1][codes] if len(codes) else codes
@@ -444,7 +468,7 @@ def _unique(table, keys, reason, path, counts, rejected, notes):
         same &= _bools(pc.equal(column, column.take(pa.array(first))))
     table = _without(table, again & ~same, reason, path, counts, rejected, "_id" if "_id" in keys else "score")
     repeated = (again & same)[~(again & ~same)]
-    if repeated.any(): notes.append(f"{path.name}: {int(repeated.sum())} records stand there twice and count once")
+    if n := int(repeated.sum()): notes.append(f"{path.name}: {n} records repeat another one and count once")
     return table.filter(pa.array(~repeated))
 
 def _judged(corpus, queries, qrels, source, counts, notes):

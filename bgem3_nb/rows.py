@@ -389,8 +389,9 @@ class Rejected:
         "Writes one row down and counts it."
         if self._file is None: raise ValueError("open the file of rejected rows first: with Rejected(path) as rejected: …")
         place = {"file": str(file), "line": line, "field": field}
-        try: line_of = json.dumps({"reason": reason, **place, "row": row}, ensure_ascii=False, default=str)
-        except (TypeError, ValueError, RecursionError): line_of = json.dumps({"reason": reason, **place, "row": _shown(row)}, ensure_ascii=False)
+        record = {"reason": reason, **place, "row": row}
+        try: line_of = json.dumps(record, ensure_ascii=False, default=str)
+        except (TypeError, ValueError, RecursionError): line_of = json.dumps(record | {"row": _shown(row)})
         self._file.write(line_of + "\n")
         self.count += 1
         self.reasons[f"{field}: " * bool(field) + re.sub(r"'[^']*'|\d+", "…", reason)] += 1

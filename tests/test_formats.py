@@ -319,7 +319,7 @@ def test_the_same_twice_is_one_and_a_contradiction_is_rejected(tmp_path):
     good = [{"_id": f"d{i}", "text": f"text {i}"} for i in range(4)]
     c = load_data(beir(tmp_path, QRELS["BEIR"] + "q0\td0\t2\n", [*good, good[0]]))
     assert len(c.corpus) == 4 and len(c.qrels) == 4 and c.rows["pos_ids"][0] == ["d0", "d1"]
-    assert c.counts["corpus.jsonl"] == {"in": 5, "out": 5, "rejected": 0} and sum("stand there twice" in note for note in c.notes) == 2
+    assert c.counts["corpus.jsonl"] == {"in": 5, "out": 5, "rejected": 0} and sum("repeat another one" in note for note in c.notes) == 2
     with pytest.raises(RowError, match=r"corpus\.jsonl, line 5, field '_id': the id 'd0' has stood before, with another text"):
         load_data(beir(tmp_path, QRELS["BEIR"], [*good, {"_id": "d0", "text": "other"}]))
     with pytest.raises(RowError, match=r"test\.tsv, line 6, field 'score': query 'q0' and document 'd0' have been judged before"):
