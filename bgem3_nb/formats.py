@@ -301,7 +301,8 @@ def _ask(found, path, field):
     numbers = sorted(n for _, n in map(_value, found) if n is not None)
     shown = [str(label) for label in found[:8]]
     if len(numbers) == len(found) > 2:
-        low, high = (f"{numbers[0] + share * (numbers[-1] - numbers[0]):g}" for share in (.4, .8))
+        low, high = math.floor(numbers[0]), math.ceil(numbers[-1])
+        low, high = (f"{low + share * (high - low):g}" for share in (.4, .8))
         way = f"[{low}, {high}] for scores: {low} and less is a negative, {high} and more a positive"
     else:
         classes = ", ".join(f"{label!r}: …" for label in shown)
