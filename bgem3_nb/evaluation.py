@@ -83,10 +83,16 @@ class Evaluation:
     def __repr__(self): return f"{len(self)} queries: " + ", ".join(f"{m} {self.mean(m):.3f}" for m in self.per_query)
 
 # %% ../nbs/31_evaluation.ipynb #4aceb6e5
+def _grades(row, rel):
+    "The grades of the relevant passages in the order of their ranks; of those that tie, the lower is first."
+    if not isinstance(rel, dict): return [1] * len(rel)
+    if any(g != int(g) or g < 1 for g in rel.values()): raise ValueError(f"grades must be whole numbers of at least 1, not {sorted(rel.values())}")
+    return [int(rel[j]) for j in sorted(rel, key=lambda j: (-row[j], rel[j]))]
+
 def evaluate_scores(
     scores: np.ndarray,                  # (n_q, n_p), larger is better
-    qrels: list[set[int]],               # the relevant passages (columns) of each query (row)
-    metrics: tuple[str, ...] = METRICS,  # names that ir-measures knows, for relevance 0 or 1
+    qrels: list[set[int] | dict[int, int]],  # the relevant passages (columns) of each query (row), or their grades
+    metrics: tuple[str, ...] = METRICS,  # names that ir-measures knows
 ) -> Evaluation:
     "Metrics of every query by ir-measures, with ties against the system. Raises ValueError on bad shapes, NaN or an empty qrel."
     try: measures = {ir_measures.parse_measure(m): m for m in metrics}
@@ -96,7 +102,7 @@ def evaluate_scores(
     for i, ranks in enumerate(relevant_ranks(scores, qrels)):
         depth = int(ranks[-1]) if None in cutoffs else max(cutoffs)
         run[str(i)] = {str(r): -float(r) for r in range(1, depth + 1)}
-        truth[str(i)] = {str(r): 1 for r in ranks}
+        truth[str(i)] = dict(zip(map(str, ranks), _grades(scores[i], qrels[i])))
     per_query = {m: np.zeros(len(run)) for m in metrics}
     for r in ir_measures.iter_calc(measures, truth, run): per_query[measures[r.measure]][int(r.query_id)] = r.value
     return Evaluation(per_query)

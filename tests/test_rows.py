@@ -34,7 +34,11 @@ BAD_FILES = {  # name -> content, line, field, part of the sentence
     "blank_query.jsonl": (line(query=" "), 1, "query", "the text is empty"),
     "number.jsonl": (line(query=5), 1, "query", "expected text but found int '5'"),
     "object_neg.jsonl": (GOOD + line(neg={"a": 1}), 2, "neg", "expected a list but found dict"),
-    "blank_neg.jsonl": (line(neg=[""]), 1, "neg", "the text is empty"),
+    "blank_neg.jsonl": (line(neg=["n", ""]), 1, "neg", "item 2: the text is empty"),
+    "twice.jsonl": (GOOD + '{"query": "q", "query": "r", "pos": ["p"]}\n', 2, "", "the field 'query' stands twice"),
+    "digits.jsonl": (GOOD + '{"query": "q", "pos": ["p"], "pos_scores": [' + "1" * 5000 + "]}\n" + GOOD, 2, "pos_scores", "expected a number"),
+    "deep.jsonl": (GOOD + "[" * 100_000 + "\n" + GOOD, 2, "", "too many brackets"),
+    "numpy.jsonl": (GOOD + line(pos="['a' 'b']"), 2, "pos", "cannot be read with certainty"),
     "scores.jsonl": (line(pos_scores=[1, 2]), 1, "pos_scores", "2 values for the 1 texts of 'pos'"),
     "text_score.jsonl": (line(pos_scores=["high"]), 1, "pos_scores", "expected a number but found str 'high'"),
     "nan_score.jsonl": ('{"query": "q", "pos": ["p"], "pos_scores": [NaN]}\n', 1, "pos_scores", "expected a number"),
@@ -50,6 +54,7 @@ BAD_FILES = {  # name -> content, line, field, part of the sentence
     "broken.json": ('[\n{"query": "q",\n"pos"}]', 3, "", "not valid JSON"),
     "column.csv": ("query,text\nq,p\n", 2, "text", "unknown column"),
     "cell.csv": ("query,positive\nq,p\nq,\n", 3, "pos", "no positive passage"),
+    "bytes.csv": (b"query,positive\nq,p\nq,caf\xe9\nq,p\n", 3, "", "not UTF-8"),
     "multiline.csv": ('query,positive\n"q\nq",p\n,p\n', 4, "query", "the text is empty"),
     "cells.tsv": ("query\tpos\nq\tp\tx\n", 2, "", "3 cells under a header of 2"),
     "twice.csv": ("query,pos,pos\nq,p,p\n", 1, "pos", "two columns have this name"),
@@ -208,7 +213,8 @@ def test_rows_in_are_rows_out_and_rows_rejected(name, tmp_path):
     content, line, field, text = BAD_FILES[name]
     path = tmp_path/name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    whole_file = line is None or name in ("twice.csv", "quotes.csv", "broken.json")   # nothing can be read behind the mistake
+    whole_file = line is None or name in ("twice.csv", "broken.json",   # nothing can be read behind the mistake
+                                          "extra.jsonl", "column.csv")  # it is one of all rows
     if whole_file:
         with pytest.raises(RowError), Rejected(tmp_path/"rejected.jsonl") as rejected: read_rows(path, rejected=rejected)
         assert [p.name for p in tmp_path.iterdir()] == [name]
