@@ -85,7 +85,9 @@ def _encoded(texts):
 def _numbered(texts):
     "Distinct texts as they are, the number of each text among them (n,), distinct folded texts, the number of each text among those (n,)."
     raw, at = _encoded(texts)
-    folded, number = _encoded(pa.chunked_array([_folded(raw)]))
+    new = _folded(raw)
+    if new is raw: return raw, at, raw, at.astype(np.int64)                # nothing was folded: no second copy
+    folded, number = _encoded(pa.chunked_array([new]))
     return raw, at, folded, number.astype(np.int64)[at]
 
 @dataclass
@@ -528,8 +530,8 @@ def _without(rows, gone):
     "The rows without those at the positions `gone`, in memory of their own."
     if not len(gone): return rows
     kept = np.ones(len(rows), bool); kept[gone] = False
-    table = rows.data.table if rows._indices is None else rows.data.table.take(rows._indices.column(0))
-    return Dataset(table.filter(pa.array(kept)), fingerprint=uuid4().hex)       # else datasets hashes all of the data
+    kept = np.flatnonzero(kept) if rows._indices is None else rows._indices.column(0).to_numpy()[kept]
+    return Dataset(rows.data.table.take(pa.array(kept)), fingerprint=uuid4().hex)   # else datasets hashes all of the data
 
 # %% ../nbs/26_checks.ipynb #ac7228eb
 class _Noted(Rejected):

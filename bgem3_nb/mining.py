@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from .backbone import pick_dtype
 from .documents import text_key
 from .encoding import PARTS, Embeddings, M3Encoder
-from .rows import SCHEMA, TEXT, RetrievalSet, RowError, fold, make_rows, retrieval_set, rows_from
+from .rows import SCHEMA, TEXT, RetrievalSet, RowError, fold, make_rows, retrieval_set, row_batches, rows_from
 from .scoring import all_scores, check_finite, check_model, fuse, named_weights, on_cores, pair_scores
 
 # %% ../nbs/24_mining.ipynb #1499a997
@@ -400,11 +400,13 @@ def corpus_set(
     if passages is None: return retrieval_set(rows)
     if passage_ids is not None and len(passage_ids) != len(passages): raise ValueError(f"{len(passage_ids)} ids for {len(passages)} passages")
     passages, ids = list(passages), list(passage_ids or (f"p{i}" for i in range(len(passages))))
-    table = rows.with_format("arrow")[:]
-    pos, owner = table["pos"].combine_chunks(), {}
-    queries, query_ids, domains = (table[c].to_pylist() for c in ("query", "query_id", "domain"))
+    queries, query_ids, domains, counts, positives, owner = [], [], [], [], [], {}
+    for batch in row_batches(rows, ["query", "query_id", "domain", "pos"]):            # no column is gathered whole
+        for texts, name in ((queries, "query"), (query_ids, "query_id"), (domains, "domain")): texts += batch[name].to_pylist()
+        counts += batch["pos"].value_lengths().to_pylist()
+        positives += map(fold, batch["pos"].flatten().to_pylist())
     of = [owner.setdefault(fold(q), i) for i, q in enumerate(queries)]                 # the first row with this query
-    row, positives = np.repeat(np.arange(len(pos)), pos.value_lengths()).tolist(), [fold(p) for p in pos.flatten().to_pylist()]
+    row = np.repeat(np.arange(len(counts)), counts).tolist()
     wanted, places = set(positives), {}
     for i, text in enumerate(passages):
         if (key := fold(text)) in wanted: places.setdefault(key, []).append(i)
