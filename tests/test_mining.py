@@ -11,11 +11,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.sparse import random as sparse_random
 
-from scipy import sparse
-from bgem3_nb.mining import search_deeper
 from bgem3_nb.scoring import all_scores, fuse
 from bgem3_nb.encoding import Embeddings
-from bgem3_nb.mining import (Bounds, Candidates, corpus_set, draw, known_positives, mined_rows, parts_of, scores_of, search_candidates, take, top_dense)
+from bgem3_nb.mining import (Bounds, Candidates, corpus_set, draw, known_positives, mined_rows, parts_of, scores_of,
+                             search_candidates, search_deeper, search_depth, take, top_dense)
 from bgem3_nb.rows import make_rows
 
 
@@ -149,7 +148,7 @@ def test_scores_of_takes_only_what_the_pairs_name():
 
 def test_memory_of_a_mixture_does_not_grow_with_scores_of_all_queries():
     rng = np.random.default_rng(0)
-    texts = lambda n: Embeddings(rng.normal(size=(n, 8)).astype(np.float32), sparse.random(n, 50, .1, "csr", np.float32, rng))
+    texts = lambda n: Embeddings(rng.normal(size=(n, 8)).astype(np.float32), sparse_random(n, 50, .1, "csr", np.float32, rng))
     corpus, peaks = texts(8192), {}
     for n in (1_000, 4_000):
         asked = texts(n)

@@ -276,7 +276,7 @@ def test_a_share_is_rounded_up_to_whole_queries(share, queries, held):
 
 def test_arabic_keeps_the_order_of_its_marks_on_both_paths(tmp_path):
     apart = unicodedata.normalize("NFD", "Điều khoản ")
-    arabic = "رَبُّكَ"                                                       # shadda, then the vowel
+    arabic = "\u0631\u064e\u0628\u0651\u064f"                             # shadda, then the vowel
     texts = [apart, arabic, apart + arabic, "plain"]
     expected = ["Điều khoản ", arabic, "Điều khoản " + arabic, "plain"]
     assert unicodedata.normalize("NFC", arabic) != arabic
