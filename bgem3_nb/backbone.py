@@ -346,8 +346,10 @@ def text_backend(
     backend, added = Tokenizer(own.model), own.get_added_tokens_decoder()
     for _, t in sorted(added.items()): (backend.add_special_tokens if t.special else backend.add_tokens)([t])
     backend.encode_special_tokens = True
-    rules = [normalizers.NFC()] * composing + [own.normalizer] * (own.normalizer is not None)
-    if rules: backend.normalizer = normalizers.Sequence(rules)
+    backend.normalizer = own.normalizer
+    if composing:
+        first = [normalizers.NFC()]
+        backend.normalizer = normalizers.Sequence(first + [own.normalizer] * (own.normalizer is not None))
     backend.post_processor = own.post_processor
     names = [t.content for t in added.values() if t.special and len(t.content) > 1]
     first = "|".join(f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names)
