@@ -24,7 +24,7 @@ from datasets import Dataset
 from scipy.optimize import LinearConstraint, linprog, milp
 from tqdm.auto import tqdm
 
-from .rows import LABELS, SCHEMA, replacing, row_batches, rows_from
+from .rows import LABELS, SCHEMA, TEXT, language_code, replacing, row_batches, rows_from
 
 # %% ../nbs/23_balance.ipynb #fe19da06
 LETTER = re.compile(r"[^\W\d_]")
@@ -63,7 +63,7 @@ def fill_languages(
         empty = np.full(len(batch), True) if overwrite else pc.equal(language, "").to_numpy(zero_copy_only=False)
         found, sure = identify_languages(batch["query"].filter(pa.array(empty)))
         found = np.where(sure >= at_least, found, "")
-        batches.append(batch.set_column(at, "language", pc.replace_with_mask(language, pa.array(empty), pa.array(found.tolist(), pa.string()))))
+        batches.append(batch.set_column(at, "language", pc.replace_with_mask(language, pa.array(empty), pa.array(found.tolist(), TEXT))))
         for name, n in (("given", (~empty).sum()), ("filled", (found != "").sum()), ("empty", (found == "").sum())): counts[name] += int(n)
     return rows_from(batches), counts
 
@@ -126,7 +126,7 @@ def analyse(
     passage, _ = identify_languages(pc.list_element(part["pos"], 0))
     counts |= {"language of the query": _value_counts(pa.array(query)), "language of the passage": _value_counts(pa.array(passage))}
     claimed = np.array(part["language"].to_pylist()); told = (claimed != "") & (query != "")
-    same = np.array([c.lower().split("-")[0] for c in claimed[told]]) == query[told]
+    same = np.array([language_code(c) for c in claimed[told]]) == query[told]
     return Analysis(len(rows), counts, len(drawn), float(same.mean()) if told.any() else None)
 
 # %% ../nbs/23_balance.ipynb #cbcfaa2b

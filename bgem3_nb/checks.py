@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 
 from .balance import identify_languages
 from .documents import legacy_encoding
-from .rows import LABELS, Rejected, fold, read_rows, replacing
+from .rows import LABELS, Rejected, fold, language_code, read_rows, replacing
 
 # %% ../nbs/26_checks.ipynb #e23397c1
 REJECT = ("duplicate_row", "positive_is_negative", "contradiction", "query_leak")   # kinds that leave unless said otherwise
@@ -72,7 +72,7 @@ def _folded(texts):
     "`fold` of each text (n,), large strings."
     marks, white = _suspicious()
     spaced = pc.match_substring_regex(texts, white)
-    words = pc.binary_join(pc.utf8_split_whitespace(texts.filter(spaced).cast(pa.string())), " ")
+    words = pc.binary_join(pc.utf8_split_whitespace(texts.filter(spaced)), pa.scalar(" ", pa.large_string()))
     texts = _replaced(texts, spaced, pc.utf8_trim_whitespace(words))
     marked = pc.match_substring_regex(texts, marks)
     return _replaced(texts, marked, pa.array([fold(t) for t in texts.filter(marked).to_pylist()], pa.large_string()))
@@ -87,7 +87,9 @@ def _encoded(texts):
 def _numbered(texts):
     "Distinct texts as they are, the number of each text among them (n,), distinct folded texts, the number of each text among those (n,)."
     raw, at = _encoded(texts)
-    folded, number = _encoded(pa.chunked_array([_folded(raw)]))
+    new = _folded(raw)
+    if new is raw: return raw, at, raw, at.astype(np.int64)                # nothing was folded: no second copy
+    folded, number = _encoded(pa.chunked_array([new]))
     return raw, at, folded, number.astype(np.int64)[at]
 
 @dataclass
@@ -110,7 +112,7 @@ def _coded(parts):
     texts, at, queries, query = _numbered(table["query"])
     prompts, prompt = _encoded(table["prompt"])
     rows = {name: np.repeat(np.arange(n), pc.list_value_length(table[name]).to_numpy()) for name in ("pos", "neg")}
-    raw, where, passages, code = _numbered(pa.chunked_array([chunk.flatten() for name in rows for chunk in table[name].chunks], pa.string()))
+    raw, where, passages, code = _numbered(pa.chunked_array([chunk.flatten() for name in rows for chunk in table[name].chunks], pa.large_string()))
     m = len(rows["pos"])
     return _Coded(list(parts), np.repeat(np.arange(len(tables)), [len(t) for t in tables]), table, query, query * max(1, len(prompts)) + prompt,
                   queries, {"pos": (code[:m], rows["pos"]), "neg": (code[m:], rows["neg"])}, passages,
@@ -267,13 +269,10 @@ def _near(c, near, progress):
     return out
 
 # %% ../nbs/26_checks.ipynb #c44c9229
-THREE = {"vie": "vi", "ara": "ar", "arb": "ar", "eng": "en", "fra": "fr", "deu": "de", "zho": "zh", "jpn": "ja", "kor": "ko", "ind": "id", "urd": "ur", "fas": "fa", "tur": "tr", "spa": "es", "rus": "ru", "tha": "th"}
-
 def _claimed(values):
     "The language code of each value without region and script: `vi-VN`, `VI` and `vie_Latn` are `vi`."
     names, at = _encoded(values)
-    short = [re.split(r"[-_]", v.strip().lower())[0] for v in names.to_pylist()]
-    return np.array([THREE.get(s, s) for s in short] or [""])[at]
+    return np.array([language_code(v) for v in names.to_pylist()] or [""])[at]
 
 def _languages(c, identify, sure, progress):
     "{kind: (rows, others, details)} for languages."
@@ -544,8 +543,8 @@ def _without(rows, gone):
     "The rows without those at the positions `gone`, in memory of their own."
     if not len(gone): return rows
     kept = np.ones(len(rows), bool); kept[gone] = False
-    table = rows.data.table if rows._indices is None else rows.data.table.take(rows._indices.column(0))
-    return Dataset(table.filter(pa.array(kept)), fingerprint=uuid4().hex)       # else datasets hashes all of the data
+    kept = np.flatnonzero(kept) if rows._indices is None else rows._indices.column(0).to_numpy()[kept]
+    return Dataset(rows.data.table.take(pa.array(kept)), fingerprint=uuid4().hex)   # else datasets hashes all of the data
 
 # %% ../nbs/26_checks.ipynb #ac7228eb
 class _Noted(Rejected):

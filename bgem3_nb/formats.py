@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from .rows import (ALIASES, CHECKS, LABELS, NUMBERED, READERS, SCHEMA, TEXT, UNUSED, Rejected, RetrievalSet,
-                           RowError, _and, _check_batch, _check_rows, _column, _each, _ids, _is_text, _lengths, _lists,
+                           RowError, _and, _check_batch, _check_rows, _column, _join, _each, _ids, _is_text, _lengths, _lists,
                            _loads, _Names, _not_blank, _Odd, _Passages, _readable, _same_mistake, _table_chunks, _texts,
                            _tsv_cells, _unquoted, fold, merge_queries, read_batches, replacing, retrieval_set,
                            row_batches, rows_from, write_rows)
@@ -246,7 +246,7 @@ def _unsure(columns, path):
     return RowError(f"the columns are {_and(columns)}, and which are the query and its passage is not "
                     f"certain; say it with rename={{'{names[0]}': 'query', '{names[1]}': 'pos'}}", path)
 
-def _sentence_transformers(path, rejected, labels=None, rename=None, ignore=(), nfc=False, **options):
+def _sentence_transformers(path, rejected, labels=None, rename=None, ignore=(), nfc=True, **options):
     "Collection of a file whose columns count by their order, or of pairs with a label."
     ignore, rename = [ignore] if isinstance(ignore, str) else list(ignore), dict(rename or {})
     columns = [c for c in _columns_of(path) if c not in ignore]
@@ -346,7 +346,7 @@ def _labelled(path, columns, labels, nfc, rejected):
     notes.append(f"{len(pairs)} labelled pairs became {len(rows)} rows, one for each query")
     return Collection(rows, counts=counts, notes=notes)
 
-def _grouped(pairs, keys, good, source, ids=None, query_ids=None, nfc=False):
+def _grouped(pairs, keys, good, source, ids=None, query_ids=None, nfc=True):
     "Rows of the schema from (query, text) pairs, one for each key, in order of first appearance."
     codes = keys.dictionary_encode().indices.to_numpy()
     n, first = (codes.max() + 1 if len(codes) else 0), np.unique(codes, return_index=True)[1]
@@ -369,8 +369,8 @@ def _instruction(path, rejected, **options):
             t = t.combine_chunks()
             given = pc.not_equal(pc.utf8_trim_whitespace(t["input"]), "")
             columns = {"query": pc.if_else(given, t["input"], t["instruction"]), "pos": t["output"],
-                       "prompt": pc.if_else(given, pc.binary_join_element_wise(t["instruction"], "", "\n"), "")}
-            yield _check_batch(pa.table(columns | {n: t[n] for n in (*LABELS, "query_id")}), _Names(None, ()), options.get("nfc", False), path.stem)
+                       "prompt": pc.if_else(given, _join(t["instruction"], "", "\n"), "")}
+            yield _check_batch(pa.table(columns | {n: t[n] for n in (*LABELS, "query_id")}), _Names(None, ()), options.get("nfc", True), path.stem)
     return Collection(rows_from(batches()), counts=counts, notes=notes)
 
 # %% ../nbs/27_formats.ipynb #648fad07
@@ -411,7 +411,7 @@ def _is_number(text):
     try: return math.isfinite(float(text))
     except ValueError: return False
 
-def _beir(folder, rejected, split=None, nfc=False):
+def _beir(folder, rejected, split=None, nfc=True):
     "Collection of a BEIR directory."
     folder, counts, notes = Path(folder), {}, []
     file, others = _split_of(folder, split)
@@ -422,7 +422,7 @@ def _beir(folder, rejected, split=None, nfc=False):
     qrels = _qrels(file, queries, corpus, counts, rejected, notes)
     if others: notes.append(f"judgements of {file.stem}; there are also {', '.join(others)}")
     bare, untitled = (pc.equal(pc.utf8_trim_whitespace(corpus[c]), "") for c in ("text", "title"))
-    both = pc.binary_join_element_wise(corpus["title"], corpus["text"], "\n")
+    both = _join(corpus["title"], corpus["text"], "\n")
     text = pc.if_else(untitled, corpus["text"], pc.if_else(bare, corpus["title"], both))
     corpus = pa.table({"id": corpus["_id"], "title": corpus["title"], "text": text})
     queries = pa.table({"id": queries["_id"], "text": queries["text"]})
@@ -436,7 +436,7 @@ def _with_own_id(path, kinds, counts, rejected, notes):
     nameless, reason = _bools(pc.equal(table["_id"], "")), lambda row: "missing field; give each record an _id"
     table = _without(table, nameless, reason, path, counts, rejected, "_id")
     if "title" in kinds:
-        joined = pc.binary_join_element_wise(table["title"], table["text"], "")
+        joined = _join(table["title"], table["text"], "")
         blank = _bools(pc.equal(pc.utf8_trim_whitespace(joined), ""))
         reason = lambda row: "neither a text nor a title; fill one in, or remove the document"
         table = _without(table, blank, reason, path, counts, rejected, "text")
@@ -459,7 +459,7 @@ def _qrels(path, queries, corpus, counts, rejected, notes):
 
 def _unique(table, keys, reason, path, counts, rejected, notes):
     "The records whose key is new; the same record again is left out, another one is rejected."
-    key = pc.binary_join_element_wise(*(_column(table, k) for k in keys), "\x1f")
+    key = _join(*(_column(table, k) for k in keys), "\x1f")
     codes = key.dictionary_encode().indices.to_numpy()
     first = np.unique(codes, return_index=True)[1][codes] if len(codes) else codes
     again = first != np.arange(len(codes))
@@ -540,7 +540,7 @@ def _chunks_of(document, number, path):
         yield made
 
 # %% ../nbs/27_formats.ipynb #5d45f3de
-def _pair_keys(table): return pc.binary_join_element_wise(_folded(table["query"]), _folded(table["positive"]), "\x1f")
+def _pair_keys(table): return _join(_folded(table["query"]), _folded(table["positive"]), "\x1f")
 
 def _with_own_pairs(pairs, negatives, notes):
     "The pairs, and behind them those that only hard negatives name."
@@ -562,7 +562,7 @@ def _random_negatives(pairs, lacking, pool, seed):
         open_ = np.flatnonzero(drawn < 0)
         if not len(open_) or not len(pool): break
         tried = rng.integers(len(pool), size=len(open_))
-        made = pc.binary_join_element_wise(queries.take(pa.array(open_)), texts.take(pa.array(tried)), "\x1f")
+        made = _join(queries.take(pa.array(open_)), texts.take(pa.array(tried)), "\x1f")
         fine = ~_bools(pc.is_in(made, keys))
         drawn[open_[fine]] = tried[fine]
     return drawn
@@ -603,7 +603,7 @@ def _chunk_ids(texts, corpus, given=None):
     return found if given is None else pc.if_else(pc.equal(given, ""), found, given)
 
 # %% ../nbs/27_formats.ipynb #a06fa4d9
-def _company(folder, rejected, seed=0, nfc=False):
+def _company(folder, rejected, seed=0, nfc=True):
     "Collection of a company's directory."
     folder, counts, notes = Path(folder), {}, []
     def read(name, kinds):
@@ -735,7 +735,7 @@ def _wrong(row, what):
     return error
 
 # %% ../nbs/27_formats.ipynb #95b08417
-def _rental(path, rejected, weights=None, nfc=False, rename=None, ignore=()):
+def _rental(path, rejected, weights=None, nfc=True, rename=None, ignore=()):
     "Collection of a rental file; the weights are filled as `weights` or the weight-config.json beside the file says."
     path = Path(path)
     if path.is_dir(): path = _only_file(path)
@@ -811,7 +811,7 @@ def _hub_tables(recipe, size=10_000):
         yield pa.table({**{k: pa.array([v] * len(table), TEXT) for k, v in recipe["labels"].items()}, **columns})
 
 # %% ../nbs/27_formats.ipynb #3a578889
-def _hub(name, rejected, language=None, max_rows=None, nfc=False, **more):
+def _hub(name, rejected, language=None, max_rows=None, nfc=True, **more):
     "Collection of a hub data set by its recipe; `more` changes the recipe."
     recipe, before, batches, seen = _recipe(name, language, more), rejected.count if rejected else 0, [], 0
     names = _Names(None, ())
@@ -907,7 +907,7 @@ def _save_instruction(c, path):
 def _with_ids(texts, ids, letter):
     "For each text the id of its document; then the ids and texts of all documents. Equal texts without an id are one."
     none = pc.equal(ids, "")
-    keys = pc.if_else(none, pc.binary_join_element_wise("t", _folded(texts), ""), pc.binary_join_element_wise("i", ids, ""))
+    keys = pc.if_else(none, _join("t", _folded(texts), ""), _join("i", ids, ""))
     codes = keys.dictionary_encode().indices.to_numpy()
     first = np.unique(codes, return_index=True)[1]
     taken, own = set(ids.to_pylist()), ids.take(pa.array(first)).to_pylist()

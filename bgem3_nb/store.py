@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MULTI_DTYPES', 'FORMAT', 'INFO', 'pack', 'unpack', 'fingerprint', 'tokenizer_hash', 'text_keys', 'write_shard',
            'read_shard', 'shard_file', 'keep', 'read_info', 'EmbeddingStore', 'store_settings', 'writing', 'open_store',
-           'write_info', 'is_done', 'truncated_texts', 'chunks', 'encode_corpus', 'to_keys', 'from_keys', 'pick',
-           'check_search', 'search', 'rerank']
+           'write_info', 'is_done', 'truncated_texts', 'chunks', 'refuse_damaged', 'encode_corpus', 'to_keys',
+           'from_keys', 'pick', 'check_search', 'search', 'rerank']
 
 # %% ../nbs/30_store.ipynb #9966a35d
 import json
@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
-from .encoding import Embeddings, M3Encoder, check_container, warn_truncated
+from .encoding import PARTS, Embeddings, M3Encoder, model_marks, row_numbers, check_container, warn_truncated
 from .model import OUTPUTS, replace_file, usual_mode
-from .scoring import all_scores, fuse, maxsim_scores, named_weights
+from .scoring import all_scores, check_finite, check_model, fuse, maxsim_scores, named_weights
 
 # %% ../nbs/30_store.ipynb #1138b9ee
 MULTI_DTYPES = ("float32", "float16", "int8")
@@ -130,7 +130,8 @@ def keep(
 ) -> Embeddings:
     "Some of the outputs, nothing copied."
     if outputs is None: return e
-    return Embeddings(**{k: v for k, v in vars(e).items() if k in outputs or (k == "offsets" and "multi" in outputs)})
+    kept = {k: getattr(e, k) for k in PARTS if k in outputs or k == "offsets" and "multi" in outputs}
+    return Embeddings(**kept, model=e.model)
 
 def read_info(
     path: Path,
@@ -157,6 +158,11 @@ class EmbeddingStore:
 
     def __len__(self): return self.info["n"]
 
+    @property
+    def model(self) -> dict | None:
+        "What tells its model from others, as `model_marks` gives it; None in a store of an earlier version."
+        return self.info.get("marks")
+
     def __getitem__(self, index) -> Embeddings:
         "The embeddings of some texts (slice, list, boolean or integer array), in that order."
         return self.read(index)
@@ -166,11 +172,12 @@ class EmbeddingStore:
         outputs: Iterable[str] | None = None,   # only these are read; None: all there are
     ) -> Embeddings:
         "The embeddings of some texts, in that order."
-        rows = np.arange(len(self))[index].reshape(-1)
-        at, row = np.divmod(rows, self.info["shard_size"])
-        parts = [self.shard(i, row[at == i], outputs) for i in np.unique(at)] or [self.shard(0, [], outputs)]
+        at, row = np.divmod(row_numbers(index, len(self)), self.info["shard_size"])
+        order = np.argsort(at, kind="stable")
+        runs = np.split(order, np.flatnonzero(np.diff(at[order])) + 1) if len(order) else [order]
+        parts = [self.shard(int(at[run[0]]) if len(run) else 0, row[run], outputs) for run in runs]
         e = parts[0] if len(parts) == 1 else Embeddings.concat(parts)
-        return e if (np.diff(at) >= 0).all() else e[np.argsort(np.argsort(at, kind="stable"))]
+        return e if (np.diff(at) >= 0).all() else e[np.argsort(order)]
 
     def shard(self, i: int, rows=slice(None), outputs: Iterable[str] | None = None) -> Embeddings:
         "One shard, or some rows of it. Raises ValueError naming its file if that is damaged."
@@ -179,7 +186,9 @@ class EmbeddingStore:
         if len(keys) != (n := min(size, len(self) - i*size)):
             raise ValueError(f"{file}: {len(keys)} texts where there should be {n}; remove the file and call encode_corpus again")
         e = keep(e, outputs)[rows]
-        return e if e.multi is None else Embeddings(e.dense, e.lexical, unpack(e.multi), e.offsets)
+        e.model = self.model
+        if e.multi is not None: e.multi = unpack(e.multi)
+        return e
 
     def shards(self) -> Iterator[Embeddings]:
         "The shards, one after the other."
@@ -200,7 +209,8 @@ def store_settings(
     if shard_size < 1: raise ValueError(f"shard_size must be at least 1, not {shard_size}")
     return {"format": FORMAT, "n": None, "shard_size": shard_size, "outputs": [o for o in OUTPUTS if o in outputs],
             "multi_dtype": multi_dtype if "multi" in outputs else None, "max_length": max_length or encoder.max_length,
-            "prompt": encoder.model.config.passage_prompt if prompt is None else prompt, "model": fingerprint(encoder)}
+            "prompt": encoder.model.config.passage_prompt if prompt is None else prompt, "model": fingerprint(encoder),
+            "marks": model_marks(encoder.model)}
 
 # %% ../nbs/30_store.ipynb #df410b07
 @contextmanager
@@ -227,7 +237,7 @@ def open_store(
         others = sorted(p.name for p in path.iterdir() if p.name not in (".lock", INFO))
         if others: raise ValueError(f"{path}: there is something else in this directory ({others[0]}); give another path")
         info = wanted; write_info(path, info)
-    old, new = ({k: v for k, v in d.items() if k not in ("n", "truncated", "model")} | d["model"] for d in (info, wanted))
+    old, new = ({k: v for k, v in d.items() if k not in ("n", "truncated", "model", "marks")} | d["model"] for d in (info, wanted))
     differ = [f"{k} {old.get(k)!r}, not {new.get(k)!r}" for k in old | new if old.get(k) != new.get(k)]
     if differ: raise ValueError(f"{path}: this store was made with {'; '.join(differ)}. Encode with what it was made with, or give another path")
     return info
@@ -271,6 +281,21 @@ def chunks(
     while part := list(islice(texts, size)): yield part
 
 # %% ../nbs/30_store.ipynb #475bd6a6
+def refuse_damaged(
+    e: Embeddings,    # of one shard
+    first: int = 0,   # number of its first text
+):
+    "Raises ValueError naming the first text whose embeddings are NaN or infinite."
+    bad = np.zeros(len(e), bool)
+    if e.dense is not None: bad |= ~np.isfinite(e.dense).all(1)
+    if e.lexical is not None: bad |= ~np.isfinite(np.asarray(e.lexical.sum(1)).ravel())
+    if e.multi is not None:
+        owner = np.repeat(np.arange(len(e)), np.diff(e.offsets))
+        bad[owner[~np.isfinite(e.multi).all(1)]] = True
+    if bad.any():
+        raise ValueError(f"the embeddings of text {first + bad.argmax()} are not finite (NaN or infinity): "
+                         "the model's weights or its precision overflow; try dtype=torch.float32")
+
 def encode_corpus(
     encoder: M3Encoder,             # or an `EncoderPool`
     texts: Iterable[str],           # passages; a generator is never held whole
@@ -297,6 +322,7 @@ def encode_corpus(
                 if info["n"] is not None: write_info(path, info := wanted)      # from here on it is unfinished
                 settings = {k: wanted[k] for k in ("prompt", "outputs", "max_length")}
                 e, longer = quiet.encode_counted(part, **settings)
+                refuse_damaged(e, n)
                 write_shard(file, e, keys, multi_dtype, longer)
             n += len(part); bar.update(len(part))
             cut.append(truncated_texts(file))
@@ -348,6 +374,7 @@ def check_search(
             if getattr(e, mode) is None: raise ValueError(f"the {name} have no {mode} embeddings; encode them with this output, or search without it")
         a, b = (getattr(e, mode).shape[1] for e in (queries, part))
         if a != b: raise ValueError(f"{mode}: {a} columns in the queries and {b} in the corpus; they are not of the same model")
+    check_model(queries, corpus)
     if candidates and (candidates < k or "multi" not in used or len(used) == 1):
         raise ValueError(f"candidates ({candidates}) must be at least k ({k}), and chosen by dense or lexical for a mixture with multi")
     return used
@@ -368,6 +395,7 @@ def search(
     best, width, block = torch.zeros((len(queries), 0), dtype=torch.int64), candidates or k, block or (1024 if "multi" in first else 8192)
     for at in range(0, len(corpus), block):
         scores = fuse(all_scores(queries, pick(corpus, slice(at, at + block), first), **kwargs), first)
+        check_finite(scores, at)
         best = torch.cat([best, to_keys(scores, at)], 1)
         best = best.topk(min(width, best.shape[1]), sorted=False).values
     found = from_keys(best)
@@ -384,5 +412,6 @@ def rerank(
     asked, scores = keep(queries, ("multi",)), scores.copy()
     for i in range(len(asked)):
         scores[i] += np.float32(weight) * maxsim_scores(asked[[i]], pick(corpus, indices[i], ("multi",)), **kwargs)[0]
+        check_finite(scores[[i]])
     order = np.lexsort((indices, -scores), axis=-1)[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(indices, order, 1)

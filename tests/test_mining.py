@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.sparse import random as sparse_random
 
+from bgem3_nb.scoring import all_scores, fuse
 from bgem3_nb.encoding import Embeddings
-from bgem3_nb.mining import (Bounds, Candidates, corpus_set, draw, known_positives, mined_rows, parts_of, scores_of, search_candidates, take, top_dense)
+from bgem3_nb.mining import (Bounds, Candidates, corpus_set, draw, known_positives, mined_rows, parts_of, scores_of,
+                             search_candidates, search_deeper, search_depth, take, top_dense)
 from bgem3_nb.rows import make_rows
 
 
@@ -142,3 +144,32 @@ def test_scores_of_takes_only_what_the_pairs_name():
     tracemalloc.start(); scores = scores_of(q, p, i, j); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
     assert np.allclose(scores, (q.dense[i] * p.dense[j]).sum(1), atol=1e-3)
     assert peak < q.dense.nbytes / 2, peak
+
+
+def test_memory_of_a_mixture_does_not_grow_with_scores_of_all_queries():
+    rng = np.random.default_rng(0)
+    texts = lambda n: Embeddings(rng.normal(size=(n, 8)).astype(np.float32), sparse_random(n, 50, .1, "csr", np.float32, rng))
+    corpus, peaks = texts(8192), {}
+    for n in (1_000, 4_000):
+        asked = texts(n)
+        tracemalloc.start()
+        found = search_candidates(asked, corpus, 5, {"dense": 1., "lexical": .3}, progress=False)
+        peaks[n] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peaks[4_000] - peaks[1_000] < 3_000 * 8192          # a byte for each score would be that much; one is 4
+    s = fuse(all_scores(asked[:50], corpus), {"dense": 1., "lexical": .3})
+    assert (found.passages[:50] == np.argsort(-s, axis=1, kind="stable")[:, :5]).all()
+
+
+def test_one_query_with_many_positives_does_not_deepen_the_others():
+    rng = np.random.default_rng(1)
+    corpus, asked = (Embeddings(rng.normal(size=(n, 8)).astype(np.float32)) for n in (3_000, 4))
+    best = np.argsort(-asked.dense @ corpus.dense.T, axis=1)
+    known = [{0}, set(best[1, :900].tolist()), {1}, {2}]
+    depth = search_depth("0-20", known, 3_000)
+    found = search_deeper(search_candidates(asked, corpus, depth, progress=False), asked, corpus, known)
+    assert found.passages.shape == (4, depth) and depth == 20 + 64
+    assert (found.passages[1] == best[1, 900:900 + depth]).all()                  # those behind its positives
+    assert (found.passages[[0, 2, 3]] == best[[0, 2, 3], :depth]).all()
+    drawn = draw(found, known, list("abcd"), 3_000, n=7, mix="0-20")
+    assert (np.bincount(drawn.pairs["query"]) >= 7).all()

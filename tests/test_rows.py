@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
@@ -264,3 +265,23 @@ def test_merge_and_split_are_the_same_in_any_batches(monkeypatch):
     assert [r["pos"] for r in merged][:2] == [[f"p{i}" for i in range(j, 300, 70)] for j in (0, 1)]
     again = split_rows(rows, test="b", valid=.2)
     assert all(again[k].to_list() == parts[k].to_list() for k in parts)
+
+
+@pytest.mark.parametrize("share, queries, held", [(.1, 15, 2), (.3, 11, 4), (.01, 7, 1), (.25, 8, 2), (0, 9, 0)])
+def test_a_share_is_rounded_up_to_whole_queries(share, queries, held):
+    rows = make_rows({"query": f"q{i}", "pos": "p"} for i in range(queries))
+    assert len(split_rows(rows, valid=share)["valid"]) == held
+    if share: assert len(split_rows(rows, test=share, valid=0)["test"]) == held
+
+
+def test_arabic_keeps_the_order_of_its_marks_on_both_paths(tmp_path):
+    apart = unicodedata.normalize("NFD", "Điều khoản ")
+    arabic = "\u0631\u064e\u0628\u0651\u064f"                             # shadda, then the vowel
+    texts = [apart, arabic, apart + arabic, "plain"]
+    expected = ["Điều khoản ", arabic, "Điều khoản " + arabic, "plain"]
+    assert unicodedata.normalize("NFC", arabic) != arabic
+    path = tmp_path/"rows.jsonl"
+    path.write_text("".join(line(query=t, neg=[t]) for t in texts), encoding="utf-8")
+    quick, slow = read_rows(path), make_rows({"query": t, "pos": "p", "neg": [t]} for t in texts)
+    for rows in (quick, slow): assert (rows["query"][:], [n[0] for n in rows["neg"]]) == (expected, expected)
+    assert read_rows(path, nfc=False)["query"][:] == texts

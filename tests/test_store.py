@@ -4,13 +4,15 @@ import json, os, signal, subprocess, sys, time
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.sparse import csr_matrix
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaModel
 
-from bgem3_nb.encoding import Embeddings, M3Encoder
+from bgem3_nb.encoding import Embeddings, M3Encoder, row_numbers
 from bgem3_nb.store import EmbeddingStore, encode_corpus, search, shard_file
+from bgem3_nb.mining import scores_of, search_candidates
 from bgem3_nb.model import M3Config, M3Model, init_heads
 from bgem3_nb.scoring import all_scores, fuse
 
@@ -252,7 +254,7 @@ def test_any_rows_in_any_order(store, rows): assert equal(store[rows], store.emb
 @pytest.mark.parametrize("outputs", [("dense",), ("lexical",), ("multi",), ("lexical", "dense")])
 def test_some_outputs(tmp_path, encoder, outputs):
     e = encode_corpus(encoder, TEXTS, tmp_path / "store", outputs=outputs, shard_size=SHARD, progress=False)[3:40]
-    assert {k for k, v in vars(e).items() if v is not None} - {"offsets"} == set(outputs) and len(e) == 37
+    assert {k for k, v in vars(e).items() if v is not None} - {"offsets", "model"} == set(outputs) and len(e) == 37
 
 
 def test_an_empty_corpus(tmp_path, encoder):
@@ -322,3 +324,55 @@ def test_search_on_disk_is_search_in_memory(store, encoder):
         for candidates in (0, 30) if len(weights) == 3 else (0,):
             (a, i), (b, j) = (search(queries, c, 12, weights, candidates, block=40) for c in (store, memory))
             assert np.array_equal(a, b) and np.array_equal(i, j)
+
+
+# What a search refuses, and what a read touches
+
+def test_queries_of_another_model_are_refused_where_that_is_known(encoder, checkpoint, tmp_path):
+    other = M3Encoder.from_pretrained(checkpoint, max_length=64, progress=False)
+    store = encode_corpus(encoder, TEXTS, tmp_path/"s", shard_size=SHARD, progress=False)
+    with torch.no_grad(): other.model.multi_head.weight.mul_(1.5)
+    asked = other.encode_queries(TEXTS[:3])
+    for corpus in (store, store.embeddings()):
+        with pytest.raises(ValueError, match="another model than the passages, which differs in weights of"): search(asked, corpus)
+        with pytest.raises(ValueError, match="another model"): search_candidates(asked, corpus, 3, progress=False)
+    assert search(M3Encoder.from_pretrained(checkpoint, max_length=64, progress=False).encode_queries(TEXTS[:3]), store)[1].shape == (3, 10)
+    unknown = Embeddings(asked.dense)                                     # made elsewhere: nothing is known, nothing refused
+    assert search(unknown, store)[1].shape == (3, 10)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_vector_that_is_not_finite_is_named(value):
+    dense = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    asked, corpus = Embeddings(dense[:4].copy()), Embeddings(dense.copy())
+    corpus.dense[37, 2] = value
+    with pytest.raises(ValueError, match="passage 37"): search(asked, corpus, block=10)
+    asked.dense[2, 0] = value
+    with pytest.raises(ValueError, match="query 2"): search(asked, Embeddings(dense))
+    with pytest.raises(ValueError, match="query 0 and passage 37"): scores_of(Embeddings(dense), corpus, np.array([0]), np.array([37]))
+
+
+def test_a_model_that_gives_nan_writes_no_shard(checkpoint, tmp_path):
+    broken = M3Encoder.from_pretrained(checkpoint, max_length=64, progress=False)
+    with torch.no_grad(): broken.model.encoder.embeddings.word_embeddings.weight[broken.tokenizer.convert_tokens_to_ids("w44")] = np.nan
+    with pytest.raises(ValueError, match="text 17 are not finite"):
+        encode_corpus(broken, ["w2"] * 17 + ["w44"] + ["w2"] * 3, tmp_path/"s", shard_size=SHARD, progress=False)
+    assert [f.name for f in (tmp_path/"s").glob("*.safetensors")] == ["000000.safetensors"]
+
+
+def test_a_read_does_not_depend_on_the_size_of_the_store(encoder, tmp_path):
+    store = encode_corpus(encoder, TEXTS, tmp_path/"s", shard_size=SHARD, progress=False)
+    store.info["n"] = 10**12                                              # a list of all rows would need 8 TB
+    whole = encoder.encode_passages(TEXTS)
+    for index, same in ((slice(3, 40), slice(3, 40)), ([5, 80, 17, 5], [5, 80, 17, 5]), (7, [7]), ([-10**12], [0])):
+        assert np.allclose(store.read(index, ("dense",)).dense, whole[same].dense, atol=1e-6)
+    with pytest.raises(IndexError): store.read([10**12])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 12).flatmap(lambda n: st.tuples(st.just(n), st.one_of(
+    st.slices(n), st.lists(st.integers(-n, n - 1), max_size=9) if n else st.just([]), st.lists(st.booleans(), min_size=n, max_size=n)))))
+def test_row_numbers_are_those_of_numpy(case):
+    n, index = case
+    expected = np.arange(n)[np.asarray(index, bool) if index and isinstance(index, list) and isinstance(index[0], bool) else index if isinstance(index, slice) else np.array(index, int)]
+    assert row_numbers(index, n).tolist() == expected.tolist()
