@@ -400,11 +400,12 @@ class M3Model(nn.Module):
 
     def gradient_checkpointing_enable(self,
         gradient_checkpointing_kwargs: dict | None = None,   # for `torch.utils.checkpoint`
+        **more,                                              # what else the version of transformers passes on
     ):
         "Compute activations again in the backward pass instead of keeping them. Raises ValueError on the reentrant form."
         kwargs = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
         if kwargs["use_reentrant"]: raise ValueError("use_reentrant=True gives the encoder no gradient where its embeddings are frozen; leave it out")
-        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        self.encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs, **more)
 
     def save_pretrained(self, path: str | Path):
         "Save encoder, tokenizer, heads and settings in the directory `path`; see `save_model`, below."
