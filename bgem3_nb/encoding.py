@@ -22,7 +22,7 @@ from scipy.sparse import csr_matrix, vstack
 from tqdm.auto import tqdm
 
 from .backbone import PackedEncoder, TextTokenizer, core_pool, pick_device, pick_dtype
-from .model import OUTPUTS, M3Model, pool
+from .model import OUTPUTS, M3Model, default_length, pool
 
 # %% ../nbs/02_encoding.ipynb #fe9a5e36
 PARTS = ("dense", "lexical", "multi", "offsets")
@@ -228,7 +228,7 @@ class M3Encoder:
     "Texts to dense, lexical and multi-vector embeddings."
     def __init__(self,
         model: M3Model,                       # as `M3Model.from_pretrained` gives it
-        max_length: int = 512,                # tokens after which a text is truncated
+        max_length: int | None = None,        # tokens after which a text is truncated; None: as the checkpoint states, else 512
         batch_tokens: int | None = None,      # token budget of a batch; None: 1024 on the CPU, 16384 elsewhere
         device: str | torch.device | None = None,  # None: the best there is
         dtype: torch.dtype | None = None,     # precision of the encoder's products; None: bf16 where the hardware is fast at it
@@ -240,19 +240,22 @@ class M3Encoder:
         self.model, self.tokenizer = model.to(self.device), model.tokenizer
         self.text_tokenizer = TextTokenizer(model.tokenizer)
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 16384)
-        self.max_length, self.progress = max_length, progress
+        self.max_length, self.progress = max_length or default_length(model), progress
         packs = self.device.type == "cpu" and not compile and PackedEncoder.serves(model.encoder)
         self.packed = PackedEncoder(model.encoder, self.dtype) if packs else None
         self.forward = torch.compile(model.encoder, dynamic=True) if compile else model.encoder
 
     @classmethod
     def from_pretrained(cls,
-        name_or_path: str = "embedded",   # directory or hub name with trained heads
-        new_heads: str = "",              # "identity" or "random" for a backbone that has none
+        name_or_path: str = "embedded",   # directory or hub name
+        new_heads: str = "",              # start of heads that are missing: "identity" or "random"; trained ones stay
+        replace_heads: bool = False,      # start trained heads anew too
+        pooling: str | None = None,       # "cls", "mean" or "last"; None: as the checkpoint states
         **kwargs,                         # parameters of `M3Encoder`
     ) -> "M3Encoder":
-        "An encoder from a checkpoint. Raises ValueError where the heads are missing."
-        return cls(M3Model.from_pretrained(name_or_path, new_heads=new_heads), **kwargs)
+        "Load an encoder from a checkpoint. Raises ValueError where heads are missing, or the pooling is not stated."
+        model = M3Model.from_pretrained(name_or_path, new_heads=new_heads, replace_heads=replace_heads, pooling=pooling)
+        return cls(model, **kwargs)
 
     def encode_queries(self, queries: list[str], prompt: str | None = None, **kwargs) -> Embeddings:
         "`encode` with the model's own query prompt, or with another."
@@ -441,19 +444,19 @@ class EncoderPool:
     def __init__(self,
         model: M3Model,             # reaches the processes through a temporary directory
         devices: list[str],         # such as ["cuda:0", "cuda:1"], or ["cpu", "cpu"], which share the cores
-        max_length: int = 512,      # tokens after which a text is cut
+        max_length: int | None = None,  # tokens after which a text is cut; None: as the checkpoint states, else 512
         dtype: torch.dtype | None = None,  # precision of the products; None: what suits the first device
         progress: bool = True,      # show a bar on long work
         **settings,                 # further parameters of `M3Encoder`
     ):
         if isinstance(devices, str) or not devices: raise ValueError(f'devices must be a list such as ["cuda:0", "cuda:1"], not {devices!r}')
-        self.model, self.max_length, self.progress = model, max_length, progress
+        self.model, self.max_length, self.progress = model, max_length or default_length(model), progress
         self.dtype = dtype or pick_dtype(devices[0])[0]
         context = torch.multiprocessing.get_context("spawn")
         self.folder, free = tempfile.TemporaryDirectory(), context.Queue()
         model.save_pretrained(self.folder.name)
         for d in devices: free.put(str(d))
-        settings |= {"max_length": max_length, "dtype": self.dtype}
+        settings |= {"max_length": self.max_length, "dtype": self.dtype}
         self.executor = ProcessPoolExecutor(len(devices), context, start_worker, (self.folder.name, free, max(1, (os.cpu_count() or 1) // len(devices)), settings))
 
     encode, encode_queries = M3Encoder.encode, M3Encoder.encode_queries

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 
 from .encoding import M3Encoder
 from .losses import info_nce
-from .model import M3Model, ProjectionHead, load_projection, pool, read_tensors, replace_file, set_modes, write_tensors
+from .model import (M3Model, ProjectionHead, default_length, load_projection, pool, read_tensors,
+                           replace_file, set_modes, write_tensors)
 
 # %% ../nbs/14_projection.ipynb #a2f0d2e6
 def count_parameters(
@@ -491,7 +492,7 @@ def sentence_modules(
 def export_sentence_transformers(
     model: M3WithHead,
     path: str | Path,          # directory; an earlier export there is replaced
-    max_length: int = 512,     # tokens after which a text is cut
+    max_length: int | None = None,  # tokens after which a text is cut; None: as `M3Encoder` does
 ):
     "Write the dense part of the model for `SentenceTransformer(path)`. Raises ValueError where something else is in the way."
     path, listed = Path(path), [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
@@ -507,7 +508,7 @@ def export_sentence_transformers(
             (tmp/f"{i}_{name}").mkdir()
             if config: write(f"{i}_{name}/config.json", config)
             if tensors: (tmp/f"{i}_{name}"/"model.safetensors").write_bytes(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
-        write("modules.json", listed); write("sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+        write("modules.json", listed); write("sentence_bert_config.json", {"max_seq_length": max_length or default_length(model), "do_lower_case": False})
         prompts = {"query": model.config.query_prompt, "document": model.config.passage_prompt, "passage": model.config.passage_prompt}
         write("config_sentence_transformers.json", {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"})
         set_modes(tmp)

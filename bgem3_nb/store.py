@@ -61,7 +61,7 @@ def fingerprint(
         part = hashes.setdefault(f"weights of {name.split('.')[0]}", blake2b(digest_size=16))
         part.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         part.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    settings = {k: v for k, v in asdict(model.config).items() if not k.endswith("_prompt")}
+    settings = {k: v for k, v in asdict(model.config).items() if k != "max_length" and not k.endswith("_prompt")}
     return {k: h.hexdigest() for k, h in hashes.items()} | {"tokenizer": tokenizer_hash(model.tokenizer), "dtype": str(encoder.dtype)[6:], **settings}
 
 def tokenizer_hash(

@@ -7,8 +7,8 @@ __all__ = ['MODE_PHRASES', 'PARTS', 'SETTINGS_FILE', 'ADAPTER_FILE', 'M3Training
            'TrainingRows', 'BatchOrder', 'BatchLabels', 'M3Collator', 'label_matrices', 'freeze', 'parameter_groups',
            'add_lora', 'merge_lora', 'adapters', 'token_states', 'head_weights', 'warm_up_lexical', 'share_outputs',
            'share_labels', 'cached_backward', 'run_settings', 'last_checkpoint', 'finished', 'check_settings',
-           'check_space', 'PrintLog', 'Watch', 'M3Trainer', 'search_scores', 'load_weights', 'plot_training',
-           'free_memory']
+           'check_space', 'PrintLog', 'Watch', 'dropout_rates', 'M3Trainer', 'search_scores', 'load_weights',
+           'plot_training', 'free_memory']
 
 # %% ../nbs/12_training.ipynb #089c3a55
 import ctypes, gc, hashlib, json, os, random, re, shutil, time
@@ -504,6 +504,13 @@ class Watch(TrainerCallback):
         self.trainer.numbers.clear()
 
 # %% ../nbs/12_training.ipynb #17a59f59
+def dropout_rates(
+    encoder: nn.Module,             # of transformers
+) -> list[tuple]:                   # (module, name of its attribute, rate)
+    "List every dropout of an encoder: the modules, and the rates that attention keeps as plain numbers."
+    return [(m, name, value) for m in encoder.modules() for name, value in vars(m).items()
+            if isinstance(value, float) and ("dropout" in name or name == "p" and isinstance(m, nn.Dropout))]
+
 class M3Trainer(Trainer):
     "`transformers.Trainer` with the unified loss and validation by search."
     def __init__(self,
@@ -577,13 +584,13 @@ class M3Trainer(Trainer):
     def quick_layers(self):
         "Within it, dropout as asked for, and on a CPU plain attention."
         encoder, plain = self.model.encoder, self.args.device.type == "cpu" and max(self.args.passage_length, self.args.search_length) <= 512
-        usual, rates = encoder.config._attn_implementation, {m: m.p for m in encoder.modules() if isinstance(m, nn.Dropout)}
+        usual, rates = encoder.config._attn_implementation, dropout_rates(encoder)
         if plain: encoder.set_attn_implementation("eager")
-        for m in rates: m.p = m.p if self.args.dropout else 0.
+        for m, name, rate in rates: setattr(m, name, rate if self.args.dropout else 0.)
         try: yield
         finally:
             encoder.set_attn_implementation(usual)
-            for m, p in rates.items(): m.p = p
+            for m, name, rate in rates: setattr(m, name, rate)
 
     def train(self,
         resume_from_checkpoint=None,   # True: the last finished checkpoint of `output_dir`, if there is one; or a checkpoint's directory

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bgem3_nb.backbone import (E5File, LAYER_PARTS, convert_embedded, embedded_file, embedded_path, is_complete, load_backbone,
                                nmt_nfkc, xlmr_tokenizer)
@@ -159,7 +160,7 @@ def damage_rows(d):
     (damage_layers, "16 weights are not in the checkpoint, such as encoder.layer.1."),
     (damage_rows, "18 ids, the encoder only 12 rows"),
     (lambda d: (d/"model.safetensors").unlink(), "model.safetensors"),
-    (lambda d: os.truncate(d/"model.safetensors", 5000), "incomplete metadata"),
+    (lambda d: os.truncate(d/"model.safetensors", 5000), "(?i)incomplete ?metadata|metadata ?incomplete"),
     (lambda d: (d/"config.json").write_text("{"), "config"),
     (lambda d: (d/"config.json").unlink(), "no config.json"),
 ])
@@ -167,6 +168,36 @@ def test_damaged_directory(tiny, damage, message):
     damage(tiny)
     with pytest.raises(ValueError, match=message) as error: load_backbone(tiny)
     assert str(tiny) in str(error.value) and "\n" not in str(error.value)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:7b3f\nsize 2271064456\n"
+
+
+def as_bin(d):
+    "The weights as the pickled file of older checkpoints."
+    torch.save(load_file(d/"model.safetensors"), d/"pytorch_model.bin")
+    (d/"model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "tokenizer.json"])
+def test_a_git_lfs_pointer_is_named(tiny, file):
+    if file == "pytorch_model.bin": as_bin(tiny)
+    (tiny/file).write_text(POINTER)
+    with pytest.raises(ValueError, match=rf"{file}: a Git LFS pointer, not the file itself of 2,271,064,456 bytes; run git lfs pull") as error: load_backbone(tiny)
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+
+
+def test_a_pointer_that_is_not_needed_does_no_harm(tiny):
+    for name in ("pytorch_model.bin", "sentencepiece.bpe.model"): (tiny/name).write_text(POINTER)
+    assert load_backbone(tiny)[0].config.hidden_size == D
+
+
+def test_pickled_weights_load_and_code_in_them_does_not_run(tiny, tmp_path):
+    as_bin(tiny)
+    assert load_backbone(tiny)[0].config.hidden_size == D
+    torch.save({"embeddings.word_embeddings.weight": tmp_path}, tiny/"pytorch_model.bin")       # a Path is no tensor
+    with pytest.raises(ValueError, match="pytorch_model.bin|its weights are") as error: load_backbone(tiny)
+    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "~/nowhere/model", "a/b/c", "nowhere/"])

@@ -37,7 +37,7 @@ def small_model(tokenizer, pooling):
     return M3Model(XLMRobertaModel(config, add_pooling_layer=False), tokenizer, M3Config(pooling=pooling, query_prompt="query: ", passage_prompt="passage: ")).eval()
 
 
-@pytest.mark.parametrize("pooling,bias,layer_norm", [("mean", False, False), ("cls", True, True)])
+@pytest.mark.parametrize("pooling,bias,layer_norm", [("mean", False, False), ("cls", True, True), ("last", True, False)])
 def test_sentence_transformers_gives_the_same_vectors(tmp_path, tokenizer, pooling, bias, layer_norm):
     import sentence_transformers as st_lib
     head = ProjectionHead(32, 12, bias, layer_norm)
@@ -54,6 +54,10 @@ def test_sentence_transformers_gives_the_same_vectors(tmp_path, tokenizer, pooli
     np.testing.assert_allclose(theirs.encode(TEXTS, prompt_name="query"), ours.encode_queries(TEXTS).dense, atol=1e-5)
     np.testing.assert_allclose(theirs.encode(TEXTS, prompt_name="passage"), ours.encode_passages(TEXTS).dense, atol=1e-5)
     assert {p.name for p in tmp_path.iterdir()} == {"st"}                                        # nothing temporary is left
+    again = M3Encoder.from_pretrained(tmp_path / "st", new_heads="identity", dtype=torch.float32, progress=False)     # and we read our own export
+    assert again.max_length == 64 and replace(again.model.config, max_length=0) == model.config and again.model.dense_head.settings == head.settings
+    for how in ("encode", "encode_queries", "encode_passages"):
+        np.testing.assert_allclose(getattr(again, how)(TEXTS).dense, getattr(ours, how)(TEXTS).dense, atol=1e-6)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o007])

@@ -2,6 +2,7 @@
 import json
 
 import pytest
+import torch
 
 GOOD = {"query": "nghỉ hằng năm", "pos": ["Người lao động được nghỉ hằng năm."], "domain": "a"}
 
@@ -31,3 +32,24 @@ def test_bad_input(name, tmp_path, launch):
     for part in wanted: assert part in done.stderr, done.stderr
     left = sorted(p.name for p in (tmp_path / "run").iterdir() if p.name != ".lock")
     assert left == ["run.json", "train.failed.ipynb"], left
+
+
+def test_trained_heads_stay_and_replacing_them_is_printed(tmp_path, launch):
+    "A lexical head that came with the model is not warmed up from the start again; `replace_heads` starts it anew and says so."
+    from tiny_run import tiny_model
+    model = tiny_model()
+    model.lexical_head.bias.data.fill_(.7)                       # a trained head, as far as anyone can tell
+    model.save_pretrained(tmp_path / "model")
+    rows = [{"query": f"điều {i}", "pos": [f"nội dung của điều {i}"], "domain": "ab"[i % 2]} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
+    said = {}
+    for name, words in {"kept": [], "replaced": ["-p", "replace_heads", "true"]}.items():
+        done = launch("train", "-p", "source", str(tmp_path / "rows.jsonl"), "-p", "test", "[b]", "-p", "valid", "0.3", "-p", "model", str(tmp_path / "model"),
+                      "-p", "steps", "1", "-p", "batch_size", "4", "-p", "validations", "1", "-p", "lexical_warm_up", "20", "-p", "check", "false",
+                      "-p", "lexical_learning_rate", "0", "-p", "passage_length", "60", "-p", "max_length", "60", *words, "--out", str(tmp_path / name), "--no-progress")
+        assert done.returncode == 0, done.stderr[-2000:]
+        said[name], bias = done.stdout, torch.load(tmp_path / name / "model" / "sparse_linear.pt", weights_only=True)["bias"].item()
+        assert (abs(bias - .7) < 1e-6) == (name == "kept"), bias
+    assert "lexical head alone" not in said["kept"] and "replaced" not in said["kept"]
+    assert "the trained heads of sparse_linear.pt and colbert_linear.pt are replaced by new ones" in said["replaced"]
+    assert "lexical head alone" in said["replaced"]

@@ -2,6 +2,7 @@
 
     python tools/test.py                    all checks
     python tools/test.py notebooks jobs     some of them
+    python tools/test.py lowest_versions    the core with the lowest versions that settings.ini allows; only by name
 """
 import os
 import shutil
@@ -128,13 +129,36 @@ def packages():
         shutil.rmtree(venv)
 
 
+CORE = ["00_backbone", "01_model", "02_encoding", "10_losses", "11_distillation", "12_training"]
+
+
+def lowest_versions():
+    "The core's chapters and tests, with the lowest versions that settings.ini allows (on Python 3.10 or 3.11, which have wheels of them)."
+    from importlib.metadata import version
+    names = dict(line.split(" = ", 1) for line in (root / "settings.ini").read_text(encoding="utf-8").splitlines() if " = " in line)
+    lowest = {n: v for n, v in (need.split(">=") for need in names["requirements"].split())}
+    lowest["torch"] = version("torch").split("+")[0]  # as here: earlier ones bring CUDA's libraries on Linux, which are gigabytes
+    (work / "lowest.txt").write_text("".join(f"{n}=={v}\n" for n, v in lowest.items()))
+    env, venv = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}, work / "venv-lowest"
+    call(sys.executable, "-m", "venv", venv, env=env)
+    call(venv / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", work / "lowest.txt", "ipython<9.19",
+         f"{copy_tree(work / 'lowest')}[dev]", env=env, quiet=True)
+    copy = work / "lowest"
+    below = offline | {"PYTHONPATH": f"{copy}{os.pathsep}{offline['PYTHONPATH']}"}
+    call(venv / "bin" / "python", "-c", f"from importlib.metadata import version\nfor n, v in {lowest}.items(): print(n, version(n))", env=below)
+    for name in CORE: call(venv / "bin" / "nbdev_test", "--path", copy / "nbs" / f"{name}.ipynb", "--n_workers", "0", cwd=copy, env=below, quiet=True)
+    tests = [copy / "tests" / f"test_{name}.py" for name in ("backbone", "loading", "encoding", "training")]
+    call(venv / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=copy, env=below)
+
+
 CHECKS = [modules_equal_notebooks, notebooks, processes_and_files, jobs, site, nothing_asked_the_network, packages]
+ON_REQUEST = [lowest_versions]  # not part of the whole
 
 
 def main():
-    unknown = set(sys.argv[1:]) - {c.__name__ for c in CHECKS}
-    if unknown: sys.exit(f"no such check: {', '.join(unknown)}; there are {', '.join(c.__name__ for c in CHECKS)}")
-    checks, failed, began = [c for c in CHECKS if len(sys.argv) == 1 or c.__name__ in sys.argv[1:]], [], time.perf_counter()
+    unknown = set(sys.argv[1:]) - {c.__name__ for c in CHECKS + ON_REQUEST}
+    if unknown: sys.exit(f"no such check: {', '.join(unknown)}; there are {', '.join(c.__name__ for c in CHECKS + ON_REQUEST)}")
+    checks, failed, began = [c for c in CHECKS + ON_REQUEST if c.__name__ in sys.argv[1:]] or CHECKS, [], time.perf_counter()
     for check in checks:
         print(f"== {check.__name__}: {check.__doc__}", flush=True)
         start = time.perf_counter()
