@@ -215,11 +215,13 @@ def model_marks(
     model: M3Model,
 ) -> dict[str, str]:   # part of the model to its mark
     "A hash of numbers spread over the weights of each part, and settings: tells two models apart, at once."
+    tensors = [(name, t.detach().reshape(-1)) for name, t in model.state_dict().items()]
+    samples = [t[::max(1, len(t) // 64)].float() for _, t in tensors]
+    numbers = torch.cat(samples).cpu().split([len(s) for s in samples])      # one copy from a GPU
     marks, config = {}, model.config
-    for name, tensor in model.state_dict().items():
-        part = marks.setdefault(f"weights of {name.split('.')[0]}", blake2b(digest_size=8))
-        flat = tensor.detach().reshape(-1)
-        part.update(name.encode() + flat[::max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    for (name, _), sample in zip(tensors, numbers):
+        part = f"weights of {name.split('.')[0]}"
+        marks.setdefault(part, blake2b(digest_size=8)).update(name.encode() + sample.numpy().tobytes())
     return {k: h.hexdigest() for k, h in marks.items()} | {"pooling": config.pooling, "lexical": config.lexical}
 
 WINDOW = 4096   # texts that are tokenised and sorted together

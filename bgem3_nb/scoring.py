@@ -12,6 +12,7 @@ __all__ = ['PAPER_WEIGHTS', 'check_model', 'check_finite', 'dense_scores', 'lexi
 from copy import deepcopy
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -227,12 +228,15 @@ def read_tokens(
     full, tokens, reader = prompt + text, [], encoder.text_tokenizer
     found = reader.encode(full)
     ids, spans, words = found.ids, found.offsets, found.word_ids
+    pieces = encoder.tokenizer.convert_ids_to_tokens(ids)
+    if any(p.startswith("▁") for w, p in zip(words, pieces) if w is not None):    # a mark begins a word
+        begun = list(accumulate(p.startswith("▁") for p in pieces))
+        words = [w if w is None else n for w, n in zip(words, begun)]
     kept = reader.cut(list(range(len(ids))), encoder.max_length)
     warn_truncated(int(len(kept) < len(ids)), 1, encoder.max_length)
     whole = {w: (spans[words.index(w)][0], spans[len(words) - 1 - words[::-1].index(w)][1]) for w in set(words) - {None}}
     for n in kept:
-        id, (start, end), w = ids[n], spans[n], words[n]
-        piece = encoder.tokenizer.convert_ids_to_tokens(id)
+        id, piece, (start, end), w = ids[n], pieces[n], spans[n], words[n]
         if w is None:
             tokens.append(Token(id, piece, piece, 0, 0, "special"))
             continue
