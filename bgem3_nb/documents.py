@@ -39,11 +39,11 @@ from typing import NamedTuple
 import yaml
 from tqdm.auto import tqdm
 
+from .backbone import ARABIC
 from .granularity import HEADING, NUMBER, sentence_spans, stripped
 from .rows import replacing, to_nfc
 
 # %% ../nbs/21_documents.ipynb #b77d88b6
-ARABIC = "\u0600-\u06ff\u0750-\u077f\u0870-\u08ff\ufb50-\ufdff\ufe70-\ufefc"
 TASHKEEL = re.compile("[\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e8\u06ea-\u06ed\u0898-\u089f\u08ca-\u08e1\u08e3-\u08ff]")
 INVISIBLE = re.compile("[\u0000-\u0008\u000e-\u001f\u007f-\u009f\u00ad\u200b\u2060\ufeff]")
 
@@ -55,9 +55,7 @@ def clean_text(
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")          # halves of a pair
     text = INVISIBLE.sub("", re.sub(r"\r\n?|\x85|\u2028|\u2029|\v", "\n", text))
     text = re.sub("[\ufb00-\ufb06]", lambda m: unicodedata.normalize("NFKC", m[0]), text)
-    parts = re.split(f"([{ARABIC}]+)", text)                                           # every other part is Arabic
-    text = "".join(part if i % 2 else to_nfc(part) for i, part in enumerate(parts))
-    text = re.sub(r" *\n *", "\n", re.sub(r"[^\S\n\f]+", " ", text))
+    text = re.sub(r" *\n *", "\n", re.sub(r"[^\S\n\f]+", " ", to_nfc(text)))
     return re.sub(r"\n{3,}", "\n\n", text).strip(" \n")
 
 # %% ../nbs/21_documents.ipynb #2760575a
@@ -667,7 +665,7 @@ def clauses(
     for h, end in zip(headings, [*(h.start for h in headings[1:]), len(text)]):
         if (part := part_of(h.text, heading=True)) is None: continue
         if re.match(r"\W*Điều\b", h.text, re.I): kinds = KHOAN
-        elif part.rank < 5 and re.search(f"[{ARABIC}]", h.text): kinds = HADITH
+        elif part.rank < 5 and ARABIC.search(h.text): kinds = HADITH
         else: continue
         for m in re.finditer(r"^.+$", text[h.start + len(h.text):end], re.M):
             for pattern, level, name in kinds:

@@ -94,7 +94,7 @@ class ForgettingGuard(TrainerCallback):
     def measure(self) -> float:
         "The metric on the general set, now; it is logged."
         trainer = self.trainer
-        found = trainer.search_metrics(search_scores(trainer.model, self.general, trainer.args), self.general.judgements)
+        found = trainer.search_metrics(search_scores(trainer.model, self.general, trainer.args), getattr(self.general, "judgements", self.general.qrels))
         if self.metric not in found: raise ValueError(f"the guard watches {self.metric!r}, but compute_metrics gives {', '.join(found)}")
         trainer.log({f"general_{self.metric}": found[self.metric]})
         return found[self.metric]

@@ -624,7 +624,7 @@ class M3Trainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
         "Search the validation set in every trained mode."
         data, start = eval_dataset or self.eval_dataset, time.perf_counter()
-        metrics = self.search_metrics(search_scores(self.model, data, self.args), data.judgements)
+        metrics = self.search_metrics(search_scores(self.model, data, self.args), getattr(data, "judgements", data.qrels))
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 2)
         self.log(dict(metrics))
