@@ -293,36 +293,6 @@ def html_blocks(
     walker, title = walk_html(html)
     return walker.blocks, title
 
-# %% ../nbs/21_documents.ipynb #5b7e01c4
-UNREAD = re.compile(rb"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1|\Z)", re.S | re.I)
-SAYS = [re.compile(rb"""\A\s*<\?xml\b[^>]*?\bencoding\s*=\s*["']([\w:.-]+)"""),
-        re.compile(rb"""<meta\b[^>]*?\bcharset\s*=\s*["']?\s*([\w:.-]+)""", re.I)]
-
-def declared_encoding(
-    raw: bytes,   # of a page
-) -> str | None:
-    "The encoding that a page says it is in, as browsers understand it; None if it names none."
-    page = UNREAD.sub(b"", raw)
-    for pattern in SAYS:
-        for said in pattern.finditer(page):
-            if found := parser("webencodings").lookup(said[1].decode("ascii", "replace")):
-                # UTF-16 cannot be: the name was read letter by letter
-                return "utf-8" if found.name.startswith("utf-16") else found.name
-    return None
-
-def decode_page(
-    raw: bytes,   # of a page
-) -> str:
-    "The text of a page. Raises DocumentError where it is not in the encoding it declares."
-    said = declared_encoding(raw)
-    try: return decode_utf8(raw)
-    except DocumentError:
-        if said is None: return decode_text(raw)
-    try: return parser("webencodings").lookup(said).codec_info.decode(raw)[0]
-    except UnicodeDecodeError:
-        raise DocumentError(f"the text is not in the encoding it declares, {said}; "
-                            "save the file as UTF-8") from None
-
 # %% ../nbs/21_documents.ipynb #a53ad15a
 class FrontMatterLoader(yaml.SafeLoader):
     "YAML whose words and numbers stay as they are written."
@@ -537,6 +507,36 @@ def decode_legacy(
     words = [w for w in dict.fromkeys(re.findall(r"[^\W\d_]{2,}", text)) if not w.isascii()]
     return text if len(words) >= 5 and syllable_share(words) >= .8 else None
 
+# %% ../nbs/21_documents.ipynb #5b7e01c4
+UNREAD = re.compile(rb"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1|\Z)", re.S | re.I)
+SAYS = [re.compile(rb"""\A\s*<\?xml\b[^>]*?\bencoding\s*=\s*["']([\w:.-]+)"""),
+        re.compile(rb"""<meta\b[^>]*?\bcharset\s*=\s*["']?\s*([\w:.-]+)""", re.I)]
+
+def declared_encoding(
+    raw: bytes,   # of a page
+) -> str | None:
+    "The encoding that a page says it is in, as browsers understand it; None if it names none."
+    page = UNREAD.sub(b"", raw)
+    for pattern in SAYS:
+        for said in pattern.finditer(page):
+            if found := parser("webencodings").lookup(said[1].decode("ascii", "replace")):
+                # UTF-16 cannot be: the name was read letter by letter
+                return "utf-8" if found.name.startswith("utf-16") else found.name
+    return None
+
+def decode_page(
+    raw: bytes,   # of a page
+) -> str:
+    "The text of a page. Raises DocumentError where it is not in the encoding it declares."
+    said = declared_encoding(raw)
+    try: return decode_utf8(raw)
+    except DocumentError:
+        if said is None: return decode_text(raw)
+    try: return parser("webencodings").lookup(said).codec_info.decode(raw)[0]
+    except UnicodeDecodeError:
+        raise DocumentError(f"the text is not in the encoding it declares, {said}; "
+                            "save the file as UTF-8") from None
+
 # %% ../nbs/21_documents.ipynb #a7150002
 LAW_NAMES = ("HIẾN PHÁP|BỘ LUẬT|LUẬT|PHÁP LỆNH|NGHỊ ĐỊNH|NGHỊ QUYẾT|THÔNG TƯ|QUYẾT ĐỊNH|CHỈ THỊ|"
              "QUY CHẾ|QUY ĐỊNH|NỘI QUY|ĐIỀU LỆ")
@@ -672,34 +672,6 @@ def clauses(
                 if n := re.match(pattern, m[0]):
                     out.append(Heading(h.start + len(h.text) + m.start(), level, f"{name} {n[1]}"))
     return out
-
-# %% ../nbs/21_documents.ipynb #a1f6c3d8
-MOST_XML = 64 << 20      # bytes of text that a Word file may unpack to
-MOST_BYTES = 512 << 20   # with its pictures
-MOST_RATIO = 200         # times its size
-
-def check_unpacked(
-    path: Path,   # a file that is a zip archive
-) -> None:
-    "Raises DocumentError if the file unpacks to so much that it was made to exhaust the reader."
-    with zipfile.ZipFile(path) as archive:
-        sizes = [(part.filename.lower(), part.file_size) for part in archive.infolist()]
-    total, packed = sum(size for _, size in sizes), path.stat().st_size
-    xml = sum(size for name, size in sizes if name.endswith((".xml", ".rels")))
-    for size, most, what in ((xml, MOST_XML, "of text"), (total, MOST_BYTES, "in all")):
-        if size > most:
-            raise DocumentError(f"it unpacks to {size >> 20:,} MB {what}, and at most {most >> 20} "
-                                "are read; split it into several files")
-    if total > 4 << 20 and total > MOST_RATIO*packed:
-        raise DocumentError(f"it unpacks to {total//packed:,} times its size, and at most "
-                            f"{MOST_RATIO} times are read; save it anew")
-
-def font_encoding(
-    font: str | None,
-) -> str | None:
-    "The encoding that a font's name stands for: `.VnTime` is TCVN3, `VNI-Times` is VNI."
-    name = (font or "").lower()
-    return "TCVN3" if name.startswith(".vn") else "VNI" if name.startswith("vni") else None
 
 # %% ../nbs/21_documents.ipynb #a7150010
 W = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
@@ -1018,6 +990,34 @@ class WordReader(WordText):
         "The blocks of a cell on one line; the rows of a table in it end with a semicolon."
         texts = [" ".join(b.text.split()) for b, _ in items]
         return " ".join(t.replace(" | ", ", ") + ";"*(" | " in t) for t in texts).strip("; ")
+
+# %% ../nbs/21_documents.ipynb #a1f6c3d8
+MOST_XML = 64 << 20      # bytes of text that a Word file may unpack to
+MOST_BYTES = 512 << 20   # with its pictures
+MOST_RATIO = 200         # times its size
+
+def check_unpacked(
+    path: Path,   # a file that is a zip archive
+) -> None:
+    "Raises DocumentError if the file unpacks to so much that it was made to exhaust the reader."
+    with zipfile.ZipFile(path) as archive:
+        sizes = [(part.filename.lower(), part.file_size) for part in archive.infolist()]
+    total, packed = sum(size for _, size in sizes), path.stat().st_size
+    xml = sum(size for name, size in sizes if name.endswith((".xml", ".rels")))
+    for size, most, what in ((xml, MOST_XML, "of text"), (total, MOST_BYTES, "in all")):
+        if size > most:
+            raise DocumentError(f"it unpacks to {size >> 20:,} MB {what}, and at most {most >> 20} "
+                                "are read; split it into several files")
+    if total > 4 << 20 and total > MOST_RATIO*packed:
+        raise DocumentError(f"it unpacks to {total//packed:,} times its size, and at most "
+                            f"{MOST_RATIO} times are read; save it anew")
+
+def font_encoding(
+    font: str | None,
+) -> str | None:
+    "The encoding that a font's name stands for: `.VnTime` is TCVN3, `VNI-Times` is VNI."
+    name = (font or "").lower()
+    return "TCVN3" if name.startswith(".vn") else "VNI" if name.startswith("vni") else None
 
 # %% ../nbs/21_documents.ipynb #2eebea5b
 def open_word(path: Path):
