@@ -11,7 +11,7 @@ __all__ = ['MODE_PHRASES', 'PARTS', 'SETTINGS_FILE', 'ADAPTER_FILE', 'M3Training
            'plot_training', 'free_memory']
 
 # %% ../nbs/12_training.ipynb #089c3a55
-import ctypes, gc, hashlib, json, os, random, re, shutil, time
+import ctypes, gc, hashlib, json, os, random, re, shutil, time, warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
@@ -624,7 +624,11 @@ class M3Trainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict:
         "Search the validation set in every trained mode."
         data, start = eval_dataset or self.eval_dataset, time.perf_counter()
-        metrics = self.search_metrics(search_scores(self.model, data, self.args), getattr(data, "judgements", data.qrels))
+        done = any(f"{metric_key_prefix}_runtime" in log for log in self.state.log_history)
+        with warnings.catch_warnings():          # that texts are truncated is said once, not every time
+            if done: warnings.filterwarnings("ignore", message=".*were truncated")
+            scores = search_scores(self.model, data, self.args)
+        metrics = self.search_metrics(scores, getattr(data, "judgements", data.qrels))
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - start, 2)
         self.log(dict(metrics))
