@@ -442,7 +442,12 @@ class TextTokenizer:
             raise ValueError("this tokenizer does not tell the characters of a token; "
                              "load its fast version")
         reader = self.composing if is_decomposed(text) else self.backend
-        return reader.encode(text.encode("utf-8", "replace").decode())
+        text = text.encode("utf-8", "replace").decode()
+        found, clean = reader.encode(text), reader.normalizer
+        # characters that the normaliser removes from the beginning are not counted; spaces are
+        removed = next((i for i, c in enumerate(text) if clean and clean.normalize_str(c)), 0)
+        spaced = reader.encode(" " * removed + text[removed:]) if removed else found
+        return spaced if spaced.ids == found.ids else found
 
 # %% ../nbs/00_backbone.ipynb #9ecf55d6
 def pick_device() -> torch.device:
