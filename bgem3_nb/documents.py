@@ -39,6 +39,7 @@ from typing import NamedTuple
 import yaml
 from tqdm.auto import tqdm
 
+from .backbone import TextTokenizer
 from .granularity import HEADING, NUMBER, sentence_spans, stripped
 from .rows import replacing, to_nfc
 
@@ -1420,8 +1421,9 @@ def count_tokens(
     texts: list[str],
     tokenizer,           # of the model
 ) -> list[int]:
-    "How many tokens each text has, special tokens not counted."
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]] if texts else []
+    "How many tokens the encoder reads in each text, special tokens not counted."
+    reader = TextTokenizer(tokenizer)
+    return [len(ids) - reader.before - reader.after for ids in reader(texts)[0]] if texts else []
 
 def split_span(
     text: str,
@@ -1430,9 +1432,10 @@ def split_span(
     longest: int,            # tokens of a part
 ) -> list[tuple[int, int]]:
     "A sentence cut into parts, between words, or failing that between tokens. Raises ValueError for a slow tokenizer."
-    if not tokenizer.is_fast: raise ValueError("this tokenizer does not tell the characters of a token; load its fast version")
     at, end = span
-    firsts = [at + a for a, _ in tokenizer(text[at:end], return_offsets_mapping=True, add_special_tokens=False, truncation=False, verbose=False)["offset_mapping"]]
+    found = TextTokenizer(tokenizer).encode(text[at:end])
+    firsts = [at + a for (a, _), special in zip(found.offsets, found.special_tokens_mask)
+              if not special]
     out = []
     while len(firsts) > longest:
         places = [t for t in range(longest, 0, -1) if firsts[t] > firsts[t - 1]]

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import random
 import sys
+import unicodedata
 from pathlib import Path
 
 import matplotlib
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
 
-from bgem3_nb.backbone import embedded_path
+from bgem3_nb.backbone import TextTokenizer, embedded_path
 from bgem3_nb.encoding import M3Encoder
-from bgem3_nb.documents import (Document, DocumentError, Heading, arabic_key, chunk_document, clean_text, read_chunks,
+from bgem3_nb.documents import (Document, DocumentError, Heading, arabic_key, chunk_document, clean_text, count_tokens, read_chunks, split_span,
                                 read_document, read_documents, text_key, write_chunks)
 
 REPO = Path(__file__).parent.parent
@@ -234,6 +235,16 @@ def test_chunks_cover_the_text_within_their_sizes(tokenizer, seed):
     assert sum(begins) >= len(begins) / 2                                    # most begin at a heading
     overlaps = [a.end - b.start for a, b in zip(chunks, chunks[1:])]
     assert all((o <= 0) == fresh or o <= 0 for o, fresh in zip(overlaps, begins))
+
+
+def test_tokens_are_counted_as_the_encoder_reads_them(tokenizer):
+    reader, texts = TextTokenizer(tokenizer), ["a <pad> b </s> c", unicodedata.normalize("NFD", "Điều thứ bảy mươi tám, nghỉ phép năm.")]
+    for text in texts:
+        assert count_tokens([text], tokenizer) == [len(reader([text])[0][0]) - 2]
+        parts = split_span(text, (0, len(text)), tokenizer, 4)
+        assert len(parts) > 1 and "".join(text[a:b] for a, b in parts).replace(" ", "") == text.replace(" ", "")
+        assert max(count_tokens([text[a:b] for a, b in parts], tokenizer)) <= 4
+    assert count_tokens(["<pad>"], tokenizer)[0] > 1
 
 
 def test_an_edit_changes_nearby_ids_only(tokenizer):
