@@ -561,7 +561,7 @@ def structure_pattern() -> re.Pattern:
     nth = rf"\(?(?:[\d٠-٩]+|(?:{arabic_words(*ORDINALS)})(?:\s+عشرة?)?)(?!\w)\)?"
     named = [(1, rf"(?:Phần|Part|Phụ lục|Appendix)\s+{n}"),
              (2, rf"(?:Chương|Chapter)\s+{n}"), (3, rf"(?:Mục|Section)\s+{n}"),
-             (4, rf"Tiểu mục\s+{n}"), (5, r"(?:Điều|Article)\s+\d+[a-zđ]?(?!\w)"),
+             (4, rf"Tiểu mục\s+{n}"), (5, r"(?:[Đ\u00d0]iều|Article)\s+\d+[a-zđ]?(?!\w)"),
              (5, rf"(?:{arabic_words('المادة', 'مادة', 'الحديث', 'حديث')})\s+(?:رقم\s+)?{nth}")]
     books = [(1, "كتاب"), (2, "باب"), (3, "فصل")]
     named += [(rank, rf"(?:{arabic_words('ال' + word)})\s+{nth}") for rank, word in books]
@@ -667,7 +667,7 @@ def clauses(
     out = []
     for h, end in zip(headings, [*(h.start for h in headings[1:]), len(text)]):
         if (part := part_of(h.text, heading=True)) is None: continue
-        if re.match(r"\W*Điều\b", h.text, re.I): kinds = KHOAN
+        if re.match(r"\W*[Đ\u00d0]iều\b", h.text, re.I): kinds = KHOAN
         elif part.rank < 5 and re.search(f"[{ARABIC}]", h.text): kinds = HADITH
         else: continue
         for m in re.finditer(r"^.+$", text[h.start + len(h.text):end], re.M):

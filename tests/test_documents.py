@@ -320,3 +320,10 @@ def test_company_set_hangs_together():
     assert all(chunks[r["chunk_id"]] == r["positive"] for r in evaluation) and {r["positive"] for r in pairs} == set(chunks.values())
     assert all(r["hard_negative"] in chunks.values() and r["hard_negative"] != r["positive"] for r in negatives)
     assert not {r["query"] for r in pairs} & {r["query"] for r in evaluation} and {r["query"] for r in negatives} < {r["query"] for r in pairs}
+
+
+def test_a_law_with_the_icelandic_letter_has_its_headings(tmp_path):
+    (tmp_path/"a.txt").write_text("\u00d0iều 1. Phạm vi\n1. Khoản một.\n\n\u00d0iều 2. Tên\nNội dung.\n", encoding="utf-8")
+    doc = read_document(tmp_path/"a.txt")
+    assert [h.text for h in doc.headings] == ["\u00d0iều 1. Phạm vi", "\u00d0iều 2. Tên"]
+    assert [c.text for c in doc.clauses] == ["Khoản 1"]

@@ -1,6 +1,7 @@
 "Spans of any text: sentences, passages and windows leave nothing out, and long texts are split in linear time."
 import re
 import time
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import ByT5Tokenizer
 
 from bgem3_nb.backbone import TextTokenizer
 from bgem3_nb.encoding import M3Encoder
+from bgem3_nb.scoring import read_tokens
 from bgem3_nb.granularity import (LEVELS, mcls_embeddings, passage_spans, pool_spans, sentence_spans, span_embeddings, token_states,
                                   windows)
 
@@ -81,6 +83,14 @@ def test_a_removed_character_moves_no_token(encoder):
     assert [text[a:b] for a, b in states.spans[1][states.own[1]]] == ["0", "rồi", ".", "Hai"]
     sentences = pool_spans(states, "sentence")
     assert sentences.spans.tolist() == [[1, 2], [2, 8], [9, 12]]
+
+
+def test_a_token_of_a_decomposed_text_has_its_marks(encoder):
+    text = unicodedata.normalize("NFD", "nghỉ phép, Điều bảy: xả lũ")
+    states = token_states(encoder, [text], "query: ")
+    assert "".join(text[a:b] for a, b in states.spans[0][states.own[0]]) == text.replace(" ", "")
+    words = [t.word for t in read_tokens(encoder, text, "query: ") if t.part == "text"]
+    assert words[0] == unicodedata.normalize("NFD", "nghỉ")
 
 
 def test_a_long_text_loses_nothing(encoder):
