@@ -313,6 +313,11 @@ def _targets(targets, known):
     out = []
     for column, wanted in targets.items():
         if not isinstance(wanted, Mapping): raise BalanceError(f"targets: {column} must map values to shares, as in {{{column!r}: {{'ar': 0.5}}}}, not {wanted!r}")
+        if column == "language":
+            codes = [language_code(v) if isinstance(v, str) else v for v in wanted]
+            if len({*codes}) < len(codes):
+                raise BalanceError(f"targets: a language is given twice in {', '.join(wanted)}; add its shares")
+            wanted = dict(zip(codes, wanted.values()))
         for value, share in wanted.items():
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise BalanceError(f"targets: {column} {value}: the share must be a number from 0 to 1, not {share!r}")

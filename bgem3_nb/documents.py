@@ -39,7 +39,7 @@ from typing import NamedTuple
 import yaml
 from tqdm.auto import tqdm
 
-from .backbone import ARABIC
+from .backbone import ARABIC, TextTokenizer
 from .granularity import HEADING, NUMBER, sentence_spans, stripped
 from .rows import replacing, to_nfc
 
@@ -558,7 +558,7 @@ def structure_pattern() -> re.Pattern:
     nth = rf"\(?(?:[\d٠-٩]+|(?:{arabic_words(*ORDINALS)})(?:\s+عشرة?)?)(?!\w)\)?"
     named = [(1, rf"(?:Phần|Part|Phụ lục|Appendix)\s+{n}"),
              (2, rf"(?:Chương|Chapter)\s+{n}"), (3, rf"(?:Mục|Section)\s+{n}"),
-             (4, rf"Tiểu mục\s+{n}"), (5, r"(?:Điều|Article)\s+\d+[a-zđ]?(?!\w)"),
+             (4, rf"Tiểu mục\s+{n}"), (5, r"(?:[Đ\u00d0]iều|Article)\s+\d+[a-zđ]?(?!\w)"),
              (5, rf"(?:{arabic_words('المادة', 'مادة', 'الحديث', 'حديث')})\s+(?:رقم\s+)?{nth}")]
     books = [(1, "كتاب"), (2, "باب"), (3, "فصل")]
     named += [(rank, rf"(?:{arabic_words('ال' + word)})\s+{nth}") for rank, word in books]
@@ -664,7 +664,7 @@ def clauses(
     out = []
     for h, end in zip(headings, [*(h.start for h in headings[1:]), len(text)]):
         if (part := part_of(h.text, heading=True)) is None: continue
-        if re.match(r"\W*Điều\b", h.text, re.I): kinds = KHOAN
+        if re.match(r"\W*[Đ\u00d0]iều\b", h.text, re.I): kinds = KHOAN
         elif part.rank < 5 and ARABIC.search(h.text): kinds = HADITH
         else: continue
         for m in re.finditer(r"^.+$", text[h.start + len(h.text):end], re.M):
@@ -1418,8 +1418,9 @@ def count_tokens(
     texts: list[str],
     tokenizer,           # of the model
 ) -> list[int]:
-    "How many tokens each text has, special tokens not counted."
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]] if texts else []
+    "How many tokens the encoder reads in each text, special tokens not counted."
+    reader = TextTokenizer(tokenizer)
+    return [len(ids) - reader.before - reader.after for ids in reader(texts)[0]] if texts else []
 
 def split_span(
     text: str,
@@ -1428,9 +1429,10 @@ def split_span(
     longest: int,            # tokens of a part
 ) -> list[tuple[int, int]]:
     "A sentence cut into parts, between words, or failing that between tokens. Raises ValueError for a slow tokenizer."
-    if not tokenizer.is_fast: raise ValueError("this tokenizer does not tell the characters of a token; load its fast version")
     at, end = span
-    firsts = [at + a for a, _ in tokenizer(text[at:end], return_offsets_mapping=True, add_special_tokens=False, truncation=False, verbose=False)["offset_mapping"]]
+    found = TextTokenizer(tokenizer).encode(text[at:end])
+    firsts = [at + a for (a, _), special in zip(found.offsets, found.special_tokens_mask)
+              if not special]
     out = []
     while len(firsts) > longest:
         places = [t for t in range(longest, 0, -1) if firsts[t] > firsts[t - 1]]

@@ -27,10 +27,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from .rows import (ALIASES, CHECKS, LABELS, NUMBERED, READERS, SCHEMA, TEXT, UNUSED, Rejected, RetrievalSet,
+from .rows import (ALIASES, ARRAYS, CHECKS, LABELS, NUMBERED, READERS, SCHEMA, TEXT, UNUSED, Rejected, RetrievalSet,
                            RowError, _and, _check_batch, _check_rows, _column, _join, _each, _ids, _is_text, _lengths, _lists,
                            _loads, _Names, _not_blank, _Odd, _Passages, _readable, _same_mistake, _table_chunks, _texts,
-                           _tsv_cells, _unquoted, fold, merge_queries, read_batches, replacing, retrieval_set,
+                           _tsv_cells, _unquoted, fold, language_code, merge_queries, read_batches, replacing, retrieval_set,
                            row_batches, rows_from, write_rows)
 
 # %% ../nbs/27_formats.ipynb #bb78f297
@@ -104,7 +104,8 @@ def _label_cell(value):
 
 KINDS = {"filled": (_texts, CHECKS["query"], ""), "text": (_texts, CHECKS["prompt"], ""),   # array check, value check, default
          "id": (_ids, CHECKS["query_id"], ""), "number": (_number_array, _number_cell, None),
-         "label": (_label_array, _label_cell, "")}
+         "label": (_label_array, _label_cell, ""),
+         "language": (ARRAYS["language"], CHECKS["language"], "")}
 
 class _Fields:
     "The fields of a record: name -> kind; stands where chapter 20 has the schema's names."
@@ -261,7 +262,7 @@ def _sentence_transformers(path, rejected, labels=None, rename=None, ignore=(), 
     if rename: texts = []
     elif len(texts) < 2: raise RowError(f"expected two columns of text or more but found {', '.join(texts) or 'none'}", path)
     elif (known := _pair_of(columns)) and known != texts[:2]: raise _unsure(columns, path)
-    rename |= dict(zip(texts, ["query", "pos", *(f"negative_{i}" for i in range(1, len(texts)))]))
+    rename |= dict(zip(texts, ["query", "positive", *(f"negative_{i}" for i in range(1, len(texts)))]))
     rest = [c for c in columns if c not in rename and ALIASES.get(c, c) not in CHECKS]
     c = _flat(path, rejected, rename=rename, ignore=[*ignore, *rest], nfc=nfc, **options)
     if rest: c.notes.append(f"{Path(path).name}: columns that were not used: {', '.join(rest)}")
@@ -360,15 +361,21 @@ def _grouped(pairs, keys, good, source, ids=None, query_ids=None, nfc=True):
     return rows_from([_check_batch(pa.table(out), _Names(None, ()), nfc, source)])
 
 # %% ../nbs/27_formats.ipynb #41756384
+def _one_each(texts):
+    "Lists of one text each."
+    return _lists(texts, np.ones(len(texts), int))
+
 def _instruction(path, rejected, **options):
     "Collection of instruction rows."
     path, counts, notes = Path(path), {}, []
-    kinds = {"instruction": "filled", "input": "text", "output": "filled", **dict.fromkeys(LABELS, "text"), "query_id": "id"}
+    kinds = {"instruction": "filled", "input": "text", "output": "filled", **dict.fromkeys(LABELS, "text"),
+             "language": "language", "query_id": "id"}
     def batches():
         for t in _records(path, kinds, counts, rejected, {"id": "query_id"}, notes):
             t = t.combine_chunks()
             given = pc.not_equal(pc.utf8_trim_whitespace(t["input"]), "")
-            columns = {"query": pc.if_else(given, t["input"], t["instruction"]), "pos": t["output"],
+            columns = {"query": pc.if_else(given, t["input"], t["instruction"]),
+                       "pos": _one_each(_column(t, "output")),
                        "prompt": pc.if_else(given, _join(t["instruction"], "", "\n"), "")}
             yield _check_batch(pa.table(columns | {n: t[n] for n in (*LABELS, "query_id")}), _Names(None, ()), options.get("nfc", True), path.stem)
     return Collection(rows_from(batches()), counts=counts, notes=notes)
@@ -487,7 +494,7 @@ def _judged(corpus, queries, qrels, source, counts, notes):
 def _data(table): return Dataset(table, fingerprint=f"{id(table):016x}")
 
 # %% ../nbs/27_formats.ipynb #9f3f2f33
-LABEL_KINDS = dict.fromkeys(("language", "query_type", "source", "domain", "difficulty", "prompt"), "text")
+LABEL_KINDS = dict.fromkeys(("language", "query_type", "source", "domain", "difficulty", "prompt"), "text") | {"language": "language"}
 PAIRS = {"query": "filled", "positive": "filled", "chunk_id": "id", "query_id": "id", **LABEL_KINDS}
 NEGATIVES = {"query": "filled", "positive": "filled", "hard_negative": "filled", "negative_score": "number", "negative_type": "text"}
 EVAL = {"query": "filled", "positive": "filled", "chunk_id": "id"}
@@ -583,7 +590,7 @@ def _company_rows(pairs, negatives, corpus, seed, source, notes):
     kinds = pc.if_else(pc.equal(_column(negatives, "negative_type"), ""), "hard", _column(negatives, "negative_type"))
     kinds = pa.concat_arrays([kinds, pa.array(["random"] * len(drawn), TEXT)]).take(pa.array(order))
     scores = np.concatenate([negatives["negative_score"].to_numpy(), np.full(len(drawn), np.nan)])[order]
-    out = {"query": pairs["query"], "pos": pairs["positive"], "neg": _lists(texts, lengths), "neg_types": _lists(_lists(kinds, np.ones(len(kinds), int)), lengths),
+    out = {"query": pairs["query"], "pos": _one_each(_column(pairs, "positive")), "neg": _lists(texts, lengths), "neg_types": _lists(_lists(kinds, np.ones(len(kinds), int)), lengths),
            "neg_scores": _where_all(pa.array(np.nan_to_num(scores)), ~np.isnan(scores), lengths), **{k: pairs[k] for k in (*LABEL_KINDS, "query_id")}}
     ids = _chunk_ids(_column(pairs, "positive"), corpus, _column(pairs, "chunk_id")), _chunk_ids(texts, corpus)
     for name, found, count in zip(("pos_ids", "neg_ids"), ids, (np.ones(n, int), lengths)):
@@ -718,6 +725,7 @@ def _rental_row(row):
     "A record of the rental format as a row of the schema, or the error in its place."
     if isinstance(row, RowError) or not isinstance(row, dict): return row
     items, out = row.get("hard_neg"), {k: v for k, v in row.items() if k != "hard_neg"} | {"neg": [], "neg_types": [], "neg_weights": []}
+    if isinstance(row.get("pos"), str) and row["pos"].strip(): out["pos"] = [row["pos"]]   # one text
     if not isinstance(items, list): return _wrong(row, "expected a list of objects with 'text', 'type' and 'weight'" if "hard_neg" in row else "missing field")
     for i, item in enumerate(items, 1):
         if not isinstance(item, dict): return _wrong(row, f"item {i}: expected an object but found {type(item).__name__}")
@@ -766,11 +774,11 @@ def _only_file(folder):
 # %% ../nbs/27_formats.ipynb #825f734d
 LANGUAGES = dict(ar="arabic", bn="bengali", de="german", en="english", es="spanish", fr="french", hi="hindi", id="indonesian", it="italian", ja="japanese",
                  nl="dutch", pt="portuguese", ru="russian", vi="vietnamese", zh="chinese")
-TRIPLET = {"anchor": "query", "query": "query", "positive": "pos", "negative": "neg"}
+TRIPLET = {"anchor": "query", "query": "query", "positive": "positive", "negative": "negative"}
 HUB = {  # name -> path, configuration, split, {column: name in the schema}, labels of all rows; {language} and {Language} stand for "ar" and "arabic"
     "msmarco": {"path": "sentence-transformers/msmarco-bm25", "name": "triplet", "split": "train", "columns": TRIPLET, "labels": {"language": "en"}},
     "natural-questions": {"path": "sentence-transformers/natural-questions", "name": "pair", "split": "train",
-                          "columns": {"query": "query", "answer": "pos"}, "labels": {"language": "en", "query_type": "question"}},
+                          "columns": {"query": "query", "answer": "positive"}, "labels": {"language": "en", "query_type": "question"}},
     "mmarco": {"path": "hotchpotch/mmarco-hard-negatives-reranker-filtered", "name": "{Language}-triplet", "split": "train", "columns": TRIPLET,
                "labels": {"language": "{language}"}},
     "mr-tydi": {"path": "sentence-transformers/mr-tydi", "name": "{language}-triplet", "split": "train", "columns": TRIPLET,
@@ -795,7 +803,7 @@ def _inside(table, path):
 def _recipe(name, language, more):
     "The line of `HUB` with the language filled in."
     if name not in HUB: raise ValueError(f"there is no recipe {name!r}; there are {', '.join(HUB)}")
-    recipe = HUB[name] | more
+    recipe, language = HUB[name] | more, language and language_code(language)
     if language is None and "{language}" in json.dumps(recipe).lower(): raise ValueError(f"{name} has one part for each language; name one, such as language='ar'")
     fill = lambda v: {k: fill(x) for k, x in v.items()} if isinstance(v, dict) else v.format(language=language, Language=LANGUAGES.get(language, language)) if isinstance(v, str) else v
     return fill(recipe)

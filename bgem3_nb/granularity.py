@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .backbone import with_marks
 from .encoding import Embeddings, M3Encoder, check_texts
 from .model import M3Model, pool
 
@@ -52,7 +53,8 @@ def frame(
 ) -> tuple[list[int], np.ndarray, slice]:  # token ids; (n, 2) characters of each; positions of the text's own tokens
     "A text's tokens without any cut. Raises ValueError if the tokenizer cannot tell characters."
     coded = encoder.text_tokenizer.encode(prompt + text)
-    ids, special, spans = coded.ids, coded.special_tokens_mask, np.array(coded.offsets, np.int64).reshape(-1, 2)
+    ids, special = coded.ids, coded.special_tokens_mask
+    spans = np.array(with_marks(prompt + text, coded.offsets), np.int64).reshape(-1, 2)
     stop = len(ids) - next((i for i, s in enumerate(special[::-1]) if not s), len(ids))
     start = next((i for i in range(stop) if not special[i] and spans[i, 1] > len(prompt)), stop)
     spans = (spans - len(prompt)).clip(0)

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from .documents import Chunk, text_key
 from .encoding import M3Encoder
-from .rows import fold, make_rows, replacing, write_rows
+from .rows import fold, language_code, make_rows, replacing, write_rows
 from .scoring import dense_scores, lexical_scores, maxsim_scores
 
 # %% ../nbs/22_queries.ipynb #1087bf6f
@@ -54,7 +54,8 @@ def read_passages(
         if not isinstance(passage, dict): raise ValueError(f"passage {number}: expected a dict with id and text but found {type(passage).__name__}")
         more = passage.get("metadata") or {}
         new = {"id": str(passage.get("id", "")), "text": passage.get("text")} | {name: passage.get(name) or more.get(name) or "" for name in PASSAGE_FIELDS}
-        new["language"], place = language or new["language"], f"passage {number} (id {new['id']!r})"
+        new["language"] = language_code(str(language or new["language"]))
+        place = f"passage {number} (id {new['id']!r})"
         if not new["id"] or new["id"] in seen: raise ValueError(f"{place}: the id is {'given twice' if new['id'] else 'missing'}; each passage needs its own")
         if not isinstance(new["text"], str) or not new["text"].strip(): raise ValueError(f"{place}, field 'text': expected text but found {new['text']!r}; leave the passage out")
         if not new["language"]: raise ValueError(f"{place}, field 'language': no language is given; set it, or give language= for all")

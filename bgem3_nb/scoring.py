@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from .backbone import core_pool
+from .backbone import with_marks
 from .encoding import Embeddings, M3Encoder, check_texts, read_states, warn_truncated
 from .model import OUTPUTS, ProjectionHead
 
@@ -227,7 +228,7 @@ def read_tokens(
     "The tokens of a text as the encoder sees them. Raises ValueError without a tokenizer that knows characters."
     full, tokens, reader = prompt + text, [], encoder.text_tokenizer
     found = reader.encode(full)
-    ids, spans, words = found.ids, found.offsets, found.word_ids
+    ids, spans, words = found.ids, with_marks(full, found.offsets), found.word_ids
     pieces = encoder.tokenizer.convert_ids_to_tokens(ids)
     if any(p.startswith("▁") for w, p in zip(words, pieces) if w is not None):    # a mark begins a word
         begun = list(accumulate(p.startswith("▁") for p in pieces))

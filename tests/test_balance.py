@@ -155,3 +155,10 @@ def test_nothing_of_the_machine_decides(monkeypatch):
     np.random.seed(7)
     assert balance(rows, {"language": {"ar": .3}, "query_type": {"c": .3}}, total=100)[0]["query"][:] == first
     assert module.balance(rows, {"query_type": {"c": .3}, "language": {"ar": .3}}, total=100)[1].met
+
+
+def test_a_target_names_a_language_as_the_rows_do():
+    rows = make_rows([{"query": f"q{i}", "pos": "p", "language": x} for i, x in enumerate(["vi-VN", "vi", "en"] * 20)])
+    got, _ = balance(rows, {"language": {"vi-VN": .5}})
+    assert sorted(got["language"][:]) == ["en"] * 20 + ["vi"] * 20
+    with pytest.raises(BalanceError, match="given twice"): balance(rows, {"language": {"vi": .5, "vi-VN": .2}})

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import random
 import sys
+import unicodedata
 from pathlib import Path
 
 import matplotlib
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoTokenizer
 
-from bgem3_nb.backbone import embedded_path
+from bgem3_nb.backbone import TextTokenizer, embedded_path
 from bgem3_nb.encoding import M3Encoder
-from bgem3_nb.documents import (Document, DocumentError, Heading, arabic_key, chunk_document, clean_text, read_chunks,
+from bgem3_nb.documents import (Document, DocumentError, Heading, arabic_key, chunk_document, clean_text, count_tokens, read_chunks, split_span,
                                 read_document, read_documents, text_key, write_chunks)
 
 REPO = Path(__file__).parent.parent
@@ -236,6 +237,16 @@ def test_chunks_cover_the_text_within_their_sizes(tokenizer, seed):
     assert all((o <= 0) == fresh or o <= 0 for o, fresh in zip(overlaps, begins))
 
 
+def test_tokens_are_counted_as_the_encoder_reads_them(tokenizer):
+    reader, texts = TextTokenizer(tokenizer), ["a <pad> b </s> c", unicodedata.normalize("NFD", "Điều thứ bảy mươi tám, nghỉ phép năm.")]
+    for text in texts:
+        assert count_tokens([text], tokenizer) == [len(reader([text])[0][0]) - 2]
+        parts = split_span(text, (0, len(text)), tokenizer, 4)
+        assert len(parts) > 1 and "".join(text[a:b] for a, b in parts).replace(" ", "") == text.replace(" ", "")
+        assert max(count_tokens([text[a:b] for a, b in parts], tokenizer)) <= 4
+    assert count_tokens(["<pad>"], tokenizer)[0] > 1
+
+
 def test_an_edit_changes_nearby_ids_only(tokenizer):
     sentences = prose(500)
     ids = lambda parts: [c.id for c in chunk_document(Document("d", "d", " ".join(parts)), tokenizer)]
@@ -309,3 +320,10 @@ def test_company_set_hangs_together():
     assert all(chunks[r["chunk_id"]] == r["positive"] for r in evaluation) and {r["positive"] for r in pairs} == set(chunks.values())
     assert all(r["hard_negative"] in chunks.values() and r["hard_negative"] != r["positive"] for r in negatives)
     assert not {r["query"] for r in pairs} & {r["query"] for r in evaluation} and {r["query"] for r in negatives} < {r["query"] for r in pairs}
+
+
+def test_a_law_with_the_icelandic_letter_has_its_headings(tmp_path):
+    (tmp_path/"a.txt").write_text("\u00d0iều 1. Phạm vi\n1. Khoản một.\n\n\u00d0iều 2. Tên\nNội dung.\n", encoding="utf-8")
+    doc = read_document(tmp_path/"a.txt")
+    assert [h.text for h in doc.headings] == ["\u00d0iều 1. Phạm vi", "\u00d0iều 2. Tên"]
+    assert [c.text for c in doc.clauses] == ["Khoản 1"]

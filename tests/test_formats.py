@@ -73,6 +73,32 @@ def test_round_trip(name, rows, tmp_path):
     for part in ([path] if path.is_file() else list(path.rglob("*"))): assert not part.name.endswith(".tmp")
 
 
+@pytest.mark.parametrize("name", KEPT)
+def test_a_text_that_looks_like_a_printed_list_stays_a_text(name, tmp_path):
+    file, columns = KEPT[name]
+    more = {"neg_types": [["x"], ["y"]], "neg_weights": [1., 2.], "source": "s", "query_type": "t", "language": "vi"}
+    rows = make_rows([{"query": '["q"]', "pos": ["[]"], "neg": ["['a']", '["b", "c"]']} | more,
+                      {"query": "[]", "pos": ["['a' 'b']"], "neg": ["['a', 'b']", "[]"]} | more])
+    save_data(rows, tmp_path/file, name.strip())
+    back = merge_queries(load_data(tmp_path/file, name.strip()).rows, within=None)
+    for column in {"query", "pos", "neg"} & {*(columns or rows.column_names)}:
+        assert list(back[column]) == list(rows[column])
+
+
+def test_a_language_is_one_code_in_every_format(tmp_path):
+    def language_of(file, text, format):
+        (tmp_path/file).write_text(text, encoding="utf-8")
+        return {*load_data(tmp_path/file, format).rows["language"]}
+    pair = {"query": "hỏi", "pos": "đáp"}
+    lines = "".join(json.dumps(pair | {"language": x}) + "\n" for x in ("vi-VN", "vi", "VI", "vie_Latn"))
+    assert language_of("a.jsonl", lines, "rows") == {"vi"}
+    assert language_of("b.csv", "query,pos,language\na,b,vi-VN\nc,d,vi_vn\n", "rows") == {"vi"}
+    assert language_of("c.jsonl", json.dumps({"instruction": "a", "output": "b", "language": "vi-VN"}), "instruction") == {"vi"}
+    assert language_of("d.jsonl", json.dumps(pair | {"hard_neg": [], "language": "vi-VN"}), "rental") == {"vi"}
+    rows = make_rows([pair | {"language": "Vietnamese"}, pair | {"language": "zh-Hant"}])
+    assert rows["language"][:] == ["Vietnamese", "zh"]
+
+
 def test_the_company_set_survives_a_round_trip(tmp_path):
     first = load_data(REPO/"data"/"company")
     assert recognise(REPO/"data"/"company") == "company" and len(first.rows) >= 120 and len(first.corpus) >= 40

@@ -1,18 +1,20 @@
 "Spans of any text: sentences, passages and windows leave nothing out, and long texts are split in linear time."
 import re
 import time
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from bgem3_nb.backbone import TextTokenizer
 from bgem3_nb.encoding import M3Encoder
+from bgem3_nb.scoring import read_tokens
 from bgem3_nb.granularity import (LEVELS, mcls_embeddings, passage_spans, pool_spans, sentence_spans, span_embeddings, token_states,
                                   windows)
 
@@ -61,6 +63,7 @@ def test_windows_cover_every_token(n, size, data):
 
 
 @given(st.lists(TEXT, max_size=4), st.sampled_from(["", "passage: ", "ab"]))
+@example(["\x1f0"], "")
 @settings(max_examples=40, deadline=None)
 def test_levels_agree_on_any_text(encoder, texts, prompt):
     states = token_states(encoder, texts, prompt)
@@ -71,6 +74,23 @@ def test_levels_agree_on_any_text(encoder, texts, prompt):
         part = pool_spans(states, level, outputs=("multi",), max_tokens=8)
         own = sum(o.stop - o.start for o in states.own)
         assert len(part.embeddings.multi) == (own if level in ("sentence", "passage") else len(plain.multi))
+
+
+def test_a_removed_character_moves_no_token(encoder):
+    text = "\x1f\x1f0 rồi.\nHai"    # the tokenizer removes the two, and counts the 0 as their first
+    states = token_states(encoder, ["\x1f0", text])
+    assert states.spans[0][states.own[0]].tolist() == [[1, 2]]
+    assert [text[a:b] for a, b in states.spans[1][states.own[1]]] == ["0", "rồi", ".", "Hai"]
+    sentences = pool_spans(states, "sentence")
+    assert sentences.spans.tolist() == [[1, 2], [2, 8], [9, 12]]
+
+
+def test_a_token_of_a_decomposed_text_has_its_marks(encoder):
+    text = unicodedata.normalize("NFD", "nghỉ phép, Điều bảy: xả lũ")
+    states = token_states(encoder, [text], "query: ")
+    assert "".join(text[a:b] for a, b in states.spans[0][states.own[0]]) == text.replace(" ", "")
+    words = [t.word for t in read_tokens(encoder, text, "query: ") if t.part == "text"]
+    assert words[0] == unicodedata.normalize("NFD", "nghỉ")
 
 
 def test_a_long_text_loses_nothing(encoder):

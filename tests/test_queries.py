@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import openai  # noqa: F401 (in the extras `queries` and `dev`: without it these tests fail)
 
-from bgem3_nb.queries import Answer, AnswerCache, Budget, Endpoint, EndpointError, generate_queries
+from bgem3_nb.queries import Answer, AnswerCache, Budget, Endpoint, EndpointError, generate_queries, read_passages
 from bgem3_nb.rows import read_rows
 
 TYPES = ["question", "keywords"]
@@ -388,3 +388,8 @@ def test_without_the_package(tmp_path, monkeypatch):
     few = passages(2)
     with pytest.raises(ImportError, match=r"bgem3_nb\[queries\]"): generate_queries(few, Endpoint("m", "vllm"), tmp_path / "c.sqlite", progress=False)
     assert generate_queries(few, Endpoint("m", "vllm"), tmp_path / "c.sqlite", dry_run=True).report["estimate"]["calls"] == 2
+
+
+def test_a_passage_s_language_is_one_code():
+    assert [p["language"] for p in read_passages([{"id": 1, "text": "a", "language": "vi-VN"}, {"id": 2, "text": "b", "language": "VI"}])] == ["vi"] * 2
+    assert read_passages([{"id": 1, "text": "a"}], "ar_EG")[0]["language"] == "ar"
