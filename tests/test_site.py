@@ -27,8 +27,8 @@ def test_links_that_nbdev_puts_where_none_can_be(tmp_path):
     (tmp_path / "20_rows.ipynb").write_text(json.dumps({"cells": cells}))
     docs.mend_links(tmp_path, URL)
     cells = json.loads((tmp_path / "20_rows.ipynb").read_text())["cells"]
-    assert cells[0]["source"] == f"See {link}, [`f`](20_rows.ipynb), [what `f` does](20_rows.ipynb) and [`x`](https://example.com/#x)."
-    assert cells[1]["outputs"][0]["data"]["text/markdown"] == f"### f\n\n```python\ndef f(\n    x, # as `f` writes it\n):\n```\n\n*Like {link}, not `g`.*"
+    assert cells[0]["source"] == [f"See {link}, [`f`](20_rows.ipynb), [what `f` does](20_rows.ipynb) and [`x`](https://example.com/#x)."]
+    assert cells[1]["outputs"][0]["data"]["text/markdown"] == ["### f\n", "\n", "```python\n", "def f(\n", "    x, # as `f` writes it\n", "):\n", "```\n", "\n", f"*Like {link}, not `g`.*"]   # lines, as Quarto reads them
 
 
 @pytest.mark.parametrize("body, wrong", [
