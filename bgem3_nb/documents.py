@@ -296,36 +296,6 @@ def html_blocks(
     walker, title = walk_html(html)
     return walker.blocks, title
 
-# %% ../nbs/21_documents.ipynb #5b7e01c4
-UNREAD = re.compile(rb"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1|\Z)", re.S | re.I)
-SAYS = [re.compile(rb"""\A\s*<\?xml\b[^>]*?\bencoding\s*=\s*["']([\w:.-]+)"""),
-        re.compile(rb"""<meta\b[^>]*?\bcharset\s*=\s*["']?\s*([\w:.-]+)""", re.I)]
-
-def declared_encoding(
-    raw: bytes,   # of a page
-) -> str | None:
-    "The encoding that a page says it is in, as browsers understand it; None if it names none."
-    page = UNREAD.sub(b"", raw)
-    for pattern in SAYS:
-        for said in pattern.finditer(page):
-            if found := parser("webencodings").lookup(said[1].decode("ascii", "replace")):
-                # UTF-16 cannot be: the name was read letter by letter
-                return "utf-8" if found.name.startswith("utf-16") else found.name
-    return None
-
-def decode_page(
-    raw: bytes,   # of a page
-) -> str:
-    "The text of a page. Raises DocumentError where it is not in the encoding it declares."
-    said = declared_encoding(raw)
-    try: return decode_utf8(raw)
-    except DocumentError:
-        if said is None: return decode_text(raw)
-    try: return parser("webencodings").lookup(said).codec_info.decode(raw)[0]
-    except UnicodeDecodeError:
-        raise DocumentError(f"the text is not in the encoding it declares, {said}; "
-                            "save the file as UTF-8") from None
-
 # %% ../nbs/21_documents.ipynb #a53ad15a
 class FrontMatterLoader(yaml.SafeLoader):
     "YAML whose words and numbers stay as they are written."
@@ -433,6 +403,36 @@ def read_utf8(path: Path) -> str: return decode_text(path.read_bytes())
 
 def read_text(path: Path) -> tuple[list[Block], dict]:
     return [Block(part) for part in re.split(r"\n\s*\n", read_utf8(path))], {}
+
+# %% ../nbs/21_documents.ipynb #5b7e01c4
+UNREAD = re.compile(rb"<!--.*?(?:-->|\Z)|<(script|style)\b.*?(?:</\1|\Z)", re.S | re.I)
+SAYS = [re.compile(rb"""\A\s*<\?xml\b[^>]*?\bencoding\s*=\s*["']([\w:.-]+)"""),
+        re.compile(rb"""<meta\b[^>]*?\bcharset\s*=\s*["']?\s*([\w:.-]+)""", re.I)]
+
+def declared_encoding(
+    raw: bytes,   # of a page
+) -> str | None:
+    "The encoding that a page says it is in, as browsers understand it; None if it names none."
+    page = UNREAD.sub(b"", raw)
+    for pattern in SAYS:
+        for said in pattern.finditer(page):
+            if found := parser("webencodings").lookup(said[1].decode("ascii", "replace")):
+                # UTF-16 cannot be: the name was read letter by letter
+                return "utf-8" if found.name.startswith("utf-16") else found.name
+    return None
+
+def decode_page(
+    raw: bytes,   # of a page
+) -> str:
+    "The text of a page. Raises DocumentError where it is not in the encoding it declares."
+    said = declared_encoding(raw)
+    try: return decode_utf8(raw)
+    except DocumentError:
+        if said is None: return decode_text(raw)
+    try: return parser("webencodings").lookup(said).codec_info.decode(raw)[0]
+    except UnicodeDecodeError:
+        raise DocumentError(f"the text is not in the encoding it declares, {said}; "
+                            "save the file as UTF-8") from None
 
 # %% ../nbs/21_documents.ipynb #0c8b5ad2
 TCVN3 = str.maketrans(
