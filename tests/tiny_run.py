@@ -62,6 +62,7 @@ def gradients(out, cached):
     run.add_callback(Keep())
     run.train()
     if run.is_world_process_zero(): torch.save(kept | {"loss": torch.tensor(run.state.log_history[0]["loss"])}, Path(out) / f"gradients-{world}-{int(cached)}.pt")
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()   # its threads, at the end of a process, can abort it
 
 
 def tracked(out):
