@@ -36,8 +36,6 @@ from tokenize import COMMENT, generate_tokens
 from types import NoneType, UnionType
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
-from filelock import FileLock, Timeout
-
 # %% ../nbs/41_jobs.ipynb #8252f52a
 class JobError(ValueError):
     "A job that cannot start, in one sentence; nothing has run."
@@ -691,6 +689,7 @@ def run_directory(
     force: bool = False,   # run over a finished run
 ) -> Iterator[Path]:       # the directory
     "Lock the directory of a run, clear it of the run before, and list what is written there."
+    from filelock import FileLock, Timeout   # when a job runs: the list of jobs needs no other package
     out, stop = plan.out, Event()
     try: out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as e:
