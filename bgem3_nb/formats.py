@@ -281,7 +281,7 @@ def _value(label):
 def _meaning_of(found, pair, labels):
     "{label: above 0.5 for a positive, None to leave out}, without unknown labels; None if unsure."
     values = {label: _value(label) for label in found}
-    texts, numbers = {t for t, _ in values.values()}, {n for _, n in values.values() if n is not None}
+    numbers = {n for _, n in values.values() if n is not None}
     if isinstance(labels, dict):
         given = {_value(label)[0]: meaning for label, meaning in labels.items()}
         return {label: given[t] for label, (t, _) in values.items() if t in given}

@@ -518,7 +518,7 @@ def load_heads(
 ) -> tuple[str, ...]:             # names of the heads that were started
     "Read both heads from a checkpoint. Raises ValueError if one does not fit, or is missing and was not asked for."
     if replace_heads and not new_heads: raise ValueError('replace_heads=True needs a start: new_heads="identity" or "random"')
-    files, states = head_files(model.config), {}
+    files = head_files(model.config)
     trained = {h: f for h, f in files.items() if find_file(name_or_path, f)}
     if new_heads: init_heads(model, new_heads, seed)
     elif missing := [f for h, f in files.items() if h not in trained]:
