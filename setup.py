@@ -27,7 +27,7 @@ extras["all"] = sorted({r for k, needs in extras.items() if k != "dev" for r in 
 extras["dev"] = sorted({*extras["dev"], *extras["all"]})
 
 
-JOB_FILES = {"nbs": ["5[0-9]_*.ipynb"], "params": ["*.yaml"],
+JOB_FILES = {"nbs": ["[56][0-9]_*.ipynb"], "params": ["*.yaml"],
              "data": ["law_mini.jsonl", "company/**/*.[jm]*", "rental/*.json"]}   # what defaults and parameter files name
 
 

@@ -1,4 +1,4 @@
-"Metrics, words and intervals where the notebook 31_evaluation has no room: names, permutations, spellings, broken input."
+"Metrics, words and intervals where the notebook 40_evaluation has no room: names, permutations, spellings, broken input."
 import math
 import unicodedata
 

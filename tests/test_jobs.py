@@ -34,7 +34,7 @@ def files(folder):
 
 def test_every_job_has_its_parameters_tag_after_cleaning():
     "nbdev_clean strips tags unless settings.ini keeps them; papermill would then run the defaults, and exit with 0."
-    for path in sorted((REPO / "nbs").glob("5[0-9]_*.ipynb")):
+    for path in sorted((REPO / "nbs").glob("[56][0-9]_*.ipynb")):
         tags = [t for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for t in c["metadata"].get("tags", [])]
         assert tags == ["parameters"], path.name
 
@@ -54,7 +54,7 @@ def test_tags_survive_cleaning(tmp_path, env):
     from shutil import copy
     (tmp_path / "nbs").mkdir()
     copy(REPO / "settings.ini", tmp_path)
-    for path in (REPO / "nbs").glob("5[0-9]_*.ipynb"): copy(path, tmp_path / "nbs")
+    for path in (REPO / "nbs").glob("[56][0-9]_*.ipynb"): copy(path, tmp_path / "nbs")
     before = [p.read_bytes() for p in sorted((tmp_path / "nbs").iterdir())]
     subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean()"], cwd=tmp_path, env=env, check=True)
     assert before == [p.read_bytes() for p in sorted((tmp_path / "nbs").iterdir())]

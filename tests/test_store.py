@@ -1,4 +1,4 @@
-"""What the notebook 30_store cannot hold: kills, a second writer, a full disk, and many random searches."""
+"""What the notebook 41_store cannot hold: kills, a second writer, a full disk, and many random searches."""
 import json, os, signal, subprocess, sys, time
 
 import numpy as np

@@ -86,7 +86,7 @@ def jobs():
     call(sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--target", installed, built(".whl"), quiet=True)
     env, clone = (offline | {"PYTHONPATH": f"{folder}{os.pathsep}{offline['PYTHONPATH']}"} for folder in (installed, root))
     call(sys.executable, "-c", f"import bgem3_nb; assert bgem3_nb.__file__.startswith({str(installed)!r}), bgem3_nb.__file__", cwd=empty, env=env)
-    for path in sorted((root / "nbs").glob("5[0-9]_*.ipynb")):
+    for path in sorted((root / "nbs").glob("[56][0-9]_*.ipynb")):
         name = path.stem[3:]
         if not (root / "params" / f"{name}_smoke.yaml").is_file(): raise AssertionError(f"the job {name} has no params/{name}_smoke.yaml")
         call(installed / "bin" / "bgem3-job", name, "-f", f"{name}_smoke", "--out", f"runs/{name}", cwd=empty, env=clone if name == "compare" else env)
@@ -129,7 +129,7 @@ def packages():
         shutil.rmtree(venv)
 
 
-CORE = ["00_backbone", "01_model", "02_encoding", "10_losses", "11_distillation", "12_training"]
+CORE = ["00_backbone", "01_model", "02_encoding", "10_losses", "11_distillation", "14_training"]
 
 
 def lowest_versions():
