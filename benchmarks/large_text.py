@@ -19,7 +19,8 @@ from bgem3_nb.balance import analyse
 from bgem3_nb.checks import check_rows, clean_rows
 from bgem3_nb.formats import load_data, save_data
 from bgem3_nb.mining import corpus_set, mined_rows
-from bgem3_nb.rows import SCHEMA, rows_from, write_rows
+from bgem3_nb.readers import write_rows
+from bgem3_nb.rows import SCHEMA, rows_from
 
 LENGTH = 10_000   # characters of a passage
 

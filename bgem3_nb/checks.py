@@ -9,7 +9,6 @@ __all__ = ['REJECT', 'KINDS', 'MINIMUM', 'RECOMMENDED', 'EVALUATION', 'THIN', 'n
 # %% ../nbs/28_checks.ipynb #972859b1
 import json
 import os
-import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,10 @@ from tqdm.auto import tqdm
 
 from .balance import identify_languages
 from .documents import legacy_encoding
-from .rows import LABELS, Rejected, fold, language_code, read_rows, replacing
+from .files import replacing
+from .readers import read_rows
+from .rows import LABELS, language_code, Rejected
+from .text import fold
 
 # %% ../nbs/28_checks.ipynb #e23397c1
 REJECT = ("duplicate_row", "positive_is_negative", "contradiction", "query_leak")   # kinds that leave unless said otherwise

@@ -12,7 +12,7 @@ import csv
 import re
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,12 @@ import pandas as pd
 from datasets import Dataset
 from scipy.sparse import csr_matrix
 
-from .documents import text_key
-from .mining import Bounds, Draw, scores_of
-from .rows import PARALLEL, RetrievalSet, RowError, fold, make_rows, replacing
+from .exact_search import scores_of
+from .files import replacing
+from .mining import Draw
+from .rows import make_rows, PARALLEL, RowError
+from .splits import RetrievalSet
+from .text import fold, text_key
 
 # %% ../nbs/32_denoising.ipynb #aab7035b
 def score(pairs: pd.DataFrame) -> np.ndarray:

@@ -7,7 +7,6 @@ __all__ = ['ENSEMBLE_WEIGHTS', 'LOSS_WEIGHTS', 'TEACHERS', 'ensemble_scores', 'd
 
 # %% ../nbs/11_distillation.ipynb #d586dcd4
 import torch
-import torch.nn.functional as F
 
 from .losses import info_nce, mean_rows, weighted_logits
 

@@ -21,8 +21,8 @@ import torch
 from scipy.sparse import csr_matrix, vstack
 from tqdm.auto import tqdm
 
-from .backbone import PackedEncoder, TextTokenizer, core_pool, pick_device, pick_dtype
-from .model import OUTPUTS, M3Model, default_length, pool
+from .backbone import core_pool, PackedEncoder, pick_device, pick_dtype, TextTokenizer
+from .model import default_length, M3Model, OUTPUTS
 
 # %% ../nbs/02_encoding.ipynb #fe9a5e36
 PARTS = ("dense", "lexical", "multi", "offsets")

@@ -13,9 +13,8 @@ import json
 import math
 import os
 import re
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import chain
@@ -27,11 +26,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from .rows import (ALIASES, ARRAYS, CHECKS, LABELS, NUMBERED, READERS, SCHEMA, TEXT, UNUSED, Rejected, RetrievalSet,
-                           RowError, _and, _check_batch, _check_rows, _column, _join, _each, _ids, _is_text, _lengths, _lists,
-                           _loads, _Names, _not_blank, _Odd, _Passages, _readable, _same_mistake, _table_chunks, _texts,
-                           _tsv_cells, _unquoted, fold, language_code, merge_queries, read_batches, replacing, retrieval_set,
-                           row_batches, rows_from, write_rows)
+from .files import replacing
+from .readers import (
+    _loads, _readable, _table_chunks, _tsv_cells, _unquoted, read_batches, READERS, write_rows)
+from .rows import (
+    _and, _check_batch, _check_rows, _column, _each, _ids, _is_text, _join, _lengths, _lists,
+    _Names, _not_blank, _Odd, _same_mistake, _texts, ALIASES, ARRAYS, CHECKS, LABELS, language_code,
+    NUMBERED, Rejected, row_batches, RowError, rows_from, SCHEMA, TEXT, UNUSED)
+from .splits import _Passages, retrieval_set, RetrievalSet
+from .text import fold
 
 # %% ../nbs/23_formats.ipynb #bb78f297
 @dataclass

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .backbone import with_marks
-from .encoding import Embeddings, M3Encoder, check_texts
+from .encoding import check_texts, Embeddings, M3Encoder
 from .model import M3Model, pool
+from .text import with_marks
 
 # %% ../nbs/04_granularity.ipynb #352daf2e
 ENDS = re.compile(r"""(?<![.!?…؟۔।])[.!?…؟۔।]+["'”’»)\]]*(?=\s)|[。！？]+["'”’」』）]*|\n""")

@@ -36,6 +36,8 @@ from tokenize import COMMENT, generate_tokens
 from types import NoneType, UnionType
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
+from .files import replace_file
+
 # %% ../nbs/49_jobs.ipynb #8252f52a
 class JobError(ValueError):
     "A job that cannot start, in one sentence; nothing has run."
@@ -583,15 +585,6 @@ MARKER, LOCK, PARTS = "run.json", ".lock", "parts"
 SUFFIXES = (".running.ipynb", ".ipynb", ".failed.ipynb", ".html")   # of the launcher's own files
 
 
-def _replace(path, text):
-    "Write a file at once: whole or not at all."
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally: temporary.unlink(missing_ok=True)
-
-
 def _with_stamps(value):
     "The settings, with size and date of each file, or of the files in each directory, named in them."
     if isinstance(value, dict): return {str(k): _with_stamps(v) for k, v in value.items()}
@@ -605,6 +598,11 @@ def _with_stamps(value):
     return str(value)
 
 
+def _is_own(name):
+    "Whether a file is the marker, on its way to be it, or the lock."
+    return name in (MARKER, LOCK) or name.startswith(f".{MARKER}.") and name.endswith(".tmp")
+
+
 def _written(out):
     "Path below `out` -> size and date of a file or link, None of a folder; links are not followed."
     found = {}
@@ -614,14 +612,14 @@ def _written(out):
                 about = path.lstat()
                 file = None if S_ISDIR(about.st_mode) else [about.st_size, about.st_mtime_ns]
                 found[path.relative_to(out).as_posix()] = file
-    return {k: v for k, v in found.items() if k not in (MARKER, f"{MARKER}.tmp", LOCK)}
+    return {k: v for k, v in found.items() if not _is_own(k)}
 
 
 def _read_marker(out, job):
     "What `run.json` says, {} for an empty directory; a JobError where files are that no job wrote."
     marker = out/MARKER
     if not marker.exists():
-        if others := sorted(p.name for p in out.iterdir() if p.name not in (LOCK, f"{MARKER}.tmp")):
+        if others := sorted(p.name for p in out.iterdir() if not _is_own(p.name)):
             names = ", ".join([*others[:3], *["…"] * (len(others) > 3)])
             raise JobError(f"{out} holds {names}, and no {MARKER} says that a job wrote that; "
                            "name a new or empty directory with --out")
@@ -709,7 +707,7 @@ def run_directory(
         def note(state="running"):
             wrote = {p: v for p, v in _written(out).items() if p not in others}
             about = {"job": plan.name, "state": state, "wrote": wrote}
-            _replace(out/MARKER, json.dumps(about, indent=1))
+            replace_file(out/MARKER, json.dumps(about, indent=1))
         def keep_noting():
             while not stop.wait(1):
                 with suppress(OSError): note()
@@ -797,7 +795,7 @@ def _write_html(notebook, target, hide_code):
     for c in nb.cells: c.source = "\n".join(line for line in c.source.splitlines() if not line.startswith("#|"))
     exporter = exporters.HTMLExporter(embed_images=True, exclude_input=hide_code, exclude_input_prompt=True, exclude_output_prompt=True)
     page, _ = exporter.from_notebook_node(nb, resources={"metadata": {"name": target.stem, "path": str(target.parent)}})
-    _replace(target, page)
+    replace_file(target, page)
 
 # %% ../nbs/49_jobs.ipynb #b0940949
 def run_job(

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['POOLINGS', 'CONFIG_FILE', 'LEXICAL_FILES', 'MULTI_FILE', 'DENSE_HEAD', 'SENTENCE_POOLINGS', 'SENTENCE_FILES',
            'REMOVED', 'OUTPUTS', 'NEW_HEADS', 'find_file', 'read_json', 'M3Config', 'SentenceModule', 'read_modules',
-           'stated_pooling', 'check_modules', 'sentence_settings', 'stated_settings', 'replace_file', 'usual_mode',
-           'set_modes', 'write_tensors', 'read_tensors', 'pool', 'ExpansionHead', 'M3Output', 'ProjectionHead',
-           'M3Model', 'init_heads', 'save_directory', 'head_files', 'save_model', 'read_head', 'load_heads',
-           'load_projection', 'sentence_head', 'positions', 'default_length', 'trained_width', 'load_model']
+           'stated_pooling', 'check_modules', 'sentence_settings', 'stated_settings', 'write_tensors', 'read_tensors',
+           'pool', 'ExpansionHead', 'M3Output', 'ProjectionHead', 'M3Model', 'init_heads', 'head_files', 'save_model',
+           'read_head', 'load_heads', 'load_projection', 'sentence_head', 'positions', 'default_length',
+           'trained_width', 'load_model']
 
 # %% ../nbs/01_model.ipynb #6f3cd05f
-import json, os, re, secrets, shutil
+import json, re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from .backbone import NOT_TENSORS, check_pointer, embedded_path, load_backbone
+from .backbone import check_pointer, embedded_path, load_backbone, NOT_TENSORS
+from .files import replace_file, save_directory
 
 # %% ../nbs/01_model.ipynb #bb3ba891
 def find_file(
@@ -204,37 +205,6 @@ def stated_settings(
                      'none of BGE-M3\'s heads); say it by name: pooling="cls", "mean" (as E5) or "last"')
 
 # %% ../nbs/01_model.ipynb #11c5352b
-def replace_file(
-    path: Path,     # file to write
-    data: bytes,    # its whole content
-):
-    "Write `data` to `path` so that a reader sees the old file or the new one, never half of either."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f"{path.name}{secrets.token_hex(4)}.tmp")
-    try:
-        tmp.write_bytes(data)
-        os.replace(tmp, path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-
-def usual_mode(
-    folder: Path,   # where a file will be made
-) -> int:           # permission bits
-    "Find the permissions that the umask gives a new file there."
-    sample = folder/f".mode{secrets.token_hex(4)}.tmp"
-    sample.touch()
-    try: return sample.stat().st_mode & 0o777
-    finally: sample.unlink()
-
-def set_modes(
-    folder: Path,   # with the files that a library wrote
-):
-    "Give all files of a directory the permissions of new ones."
-    mode = usual_mode(folder)
-    for f in folder.rglob("*"):
-        if f.is_file(): f.chmod(mode)
-
 def write_tensors(
     path: Path,             # file
     tensors: dict,          # name to tensor
@@ -263,7 +233,7 @@ def pool(
     return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
 
 # %% ../nbs/01_model.ipynb #ac172a6d
-REMOVED = -1e9   # a logit that never wins, and that stays finite
+REMOVED = -1e9   # a logit that never wins: softmax turns it into exactly 0, and it stays finite
 
 class ExpansionHead(nn.Module):
     "Lexical weights for a text's own and related terms, through the encoder's embedding table (SPLADE, section 3)."
@@ -454,25 +424,6 @@ def init_heads(
         else: model.lexical_head.weight.copy_(normal(model.lexical_head.weight)); model.lexical_head.bias.fill_(.1)
         model.multi_head.weight.copy_(normal(model.multi_head.weight)); model.multi_head.bias.zero_()
         if new_heads == "identity": nn.init.eye_(model.multi_head.weight)
-
-# %% ../nbs/01_model.ipynb #0981f0f8
-def save_directory(
-    path: str | Path,   # directory to make or to refresh
-    write,              # called with a temporary directory to fill
-):
-    "Fill a directory through `write` so that a kill leaves the old one or the new one, never a mixture of half files."
-    path = Path(path)
-    if path.exists() and not path.is_dir(): raise ValueError(f"{path} is a file; a directory is wanted here")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
-    tmp.mkdir()
-    try:
-        write(tmp)
-        set_modes(tmp)
-        if not path.exists(): os.replace(tmp, path)
-        else:
-            for f in sorted(tmp.iterdir()): os.replace(f, path/f.name)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/01_model.ipynb #1d0c4173
 def head_files(

@@ -24,9 +24,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .encoding import M3Encoder
+from .files import set_modes
 from .losses import info_nce
-from .model import (M3Model, ProjectionHead, default_length, load_projection, pool, read_tensors,
-                           replace_file, set_modes, write_tensors)
+from .model import (
+    default_length, M3Model, pool, ProjectionHead, read_tensors, write_tensors)
 
 # %% ../nbs/16_projection.ipynb #a2f0d2e6
 def count_parameters(

@@ -35,10 +35,13 @@ import pyarrow as pa
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .documents import Chunk, text_key
+from .documents import Chunk
 from .encoding import M3Encoder
-from .rows import fold, language_code, make_rows, replacing, write_rows
+from .files import replacing
+from .readers import write_rows
+from .rows import language_code, make_rows
 from .scoring import dense_scores, lexical_scores, maxsim_scores
+from .text import fold, text_key
 
 # %% ../nbs/26_queries.ipynb #1087bf6f
 PASSAGE_FIELDS = ("title", "headings", "language", "source", "domain")

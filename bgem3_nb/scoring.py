@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from .backbone import core_pool
-from .backbone import with_marks
-from .encoding import Embeddings, M3Encoder, check_texts, read_states, warn_truncated
+from .encoding import check_texts, Embeddings, M3Encoder, read_states, warn_truncated
 from .model import OUTPUTS, ProjectionHead
+from .text import with_marks
 
 # %% ../nbs/03_scoring.ipynb #be57c8ef
 def check_model(

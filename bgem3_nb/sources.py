@@ -22,9 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from .backbone import cache_dir, embedded_path
+from .backbone import cache_dir
+from .files import replacing
 from .formats import load_data
-from .rows import fold, make_rows, merge_queries, read_rows, replacing, to_nfc
+from .readers import read_rows
+from .rows import make_rows
+from .splits import merge_queries
+from .text import fold, to_nfc
 
 # %% ../nbs/24_sources.ipynb #1c302815
 def _package_dir(module, package):

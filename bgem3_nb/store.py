@@ -27,9 +27,12 @@ from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
-from .encoding import PARTS, Embeddings, M3Encoder, model_marks, row_numbers, check_container, warn_truncated
-from .model import OUTPUTS, replace_file, usual_mode
-from .scoring import all_scores, check_finite, check_model, fuse, maxsim_scores, named_weights
+from .encoding import (
+    check_container, Embeddings, M3Encoder, model_marks, PARTS, row_numbers, warn_truncated)
+from .files import replace_file, usual_mode
+from .model import OUTPUTS
+from .scoring import (
+    all_scores, check_finite, check_model, fuse, maxsim_scores, named_weights)
 
 # %% ../nbs/41_store.ipynb #1138b9ee
 MULTI_DTYPES = ("float32", "float16", "int8")

@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from bgem3_nb.checks import CheckError, _folded, check_files, check_rows, clean_rows, near_groups
-from bgem3_nb.rows import Rejected, fold, make_rows, read_rows, write_rows
+from bgem3_nb.readers import read_rows, write_rows
+from bgem3_nb.rows import Rejected, make_rows
+from bgem3_nb.text import fold
 
 
 def texts_folded(texts): return _folded(pa.array(texts, pa.large_string())).to_pylist()

@@ -11,7 +11,8 @@ from bgem3_nb.denoising import (Rule, apply_labels, calibrate, containment, curv
                                 relative, same_text, words_of, write_review)
 from bgem3_nb.encoding import Embeddings
 from bgem3_nb.mining import Draw, corpus_set
-from bgem3_nb.rows import RetrievalSet, RowError, make_rows
+from bgem3_nb.rows import RowError, make_rows
+from bgem3_nb.splits import RetrievalSet
 
 TEXT = st.lists(st.sampled_from("người lao động được nghỉ hằng năm hòa bình قال رسول الله".split()), max_size=12).map(" ".join)
 

@@ -20,8 +20,10 @@ from transformers import AutoTokenizer
 
 from bgem3_nb.backbone import TextTokenizer, embedded_path
 from bgem3_nb.encoding import M3Encoder
-from bgem3_nb.documents import (Document, DocumentError, Heading, arabic_key, chunk_document, clean_text, count_tokens, read_chunks, split_span,
-                                read_document, read_documents, text_key, write_chunks)
+from bgem3_nb.documents import (
+    Document, DocumentError, Heading, chunk_document, count_tokens, read_chunks, split_span,
+    read_document, read_documents, write_chunks)
+from bgem3_nb.text import arabic_key, clean_text, text_key
 
 REPO = Path(__file__).parent.parent
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 import bgem3_nb.formats as formats
 from bgem3_nb.formats import (FORMATS, HUB, METHODS, WeightConfig, fill_weights, load_data, negative_weights, recognise, save_data)
 from bgem3_nb.evaluation import evaluate_scores
-from bgem3_nb.rows import Rejected, RowError, fold, make_rows, merge_queries, retrieval_set
+from bgem3_nb.rows import Rejected, RowError, make_rows
+from bgem3_nb.splits import merge_queries, retrieval_set
+from bgem3_nb.text import fold
 
 REPO = Path(__file__).parent.parent
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\r\x00"), min_size=1, max_size=6).filter(str.strip)

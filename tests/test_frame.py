@@ -46,7 +46,8 @@ def test_import_is_light_and_names_resolve():
 
 
 def test_a_chapter_imports_only_lower_ones():
-    number = {name: int(path.stem[:2]) for name, path in chapters().items()}
+    "The appendix, 90 and above, is what all others may use."
+    number = {name: int(path.stem[:2]) % 90 - 10*(path.stem >= "90") for name, path in chapters().items()}
     for module in (REPO / "bgem3_nb").glob("[a-z]*.py"):
         for used in re.findall(r"^\s*from bgem3_nb\.(\w+) import", module.read_text(encoding="utf-8"), re.M):
             assert number[used] < number[module.stem], f"{module.stem} imports {used}"

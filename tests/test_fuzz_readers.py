@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bgem3_nb.formats import WeightConfig, load_data, recognise
-from bgem3_nb.rows import Rejected, RowError, read_rows
+from bgem3_nb.readers import read_rows
+from bgem3_nb.rows import Rejected, RowError
 
 FEW = settings(max_examples=50, deadline=None, database=None, derandomize=True,
                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

@@ -13,8 +13,10 @@ from scipy.sparse import random as sparse_random
 
 from bgem3_nb.scoring import all_scores, fuse
 from bgem3_nb.encoding import Embeddings
-from bgem3_nb.mining import (Bounds, Candidates, corpus_set, draw, known_positives, mined_rows, parts_of, scores_of,
-                             search_candidates, search_deeper, search_depth, take, top_dense)
+from bgem3_nb.exact_search import Candidates, scores_of, search_candidates, top_dense
+from bgem3_nb.mining import (
+    Bounds, corpus_set, draw, known_positives, mined_rows, parts_of, search_deeper, search_depth,
+    take)
 from bgem3_nb.rows import make_rows
 
 

@@ -18,8 +18,10 @@ from bgem3_nb.backbone import embedded_path, load_backbone
 from bgem3_nb.encoding import EncoderPool, M3Encoder
 from bgem3_nb.losses import info_nce
 from bgem3_nb.model import M3Config, M3Model, read_tensors
-from bgem3_nb.projection import (Examples, M3WithHead, ProjectionArguments, ProjectionHead, ProjectionTrainer, TopLayers, batch,
-                                 export_sentence_transformers, listing_groups, messy, projection_loss, split_listings)
+from bgem3_nb.model import ProjectionHead
+from bgem3_nb.projection import (
+    Examples, M3WithHead, ProjectionArguments, ProjectionTrainer, TopLayers, batch,
+    export_sentence_transformers, listing_groups, messy, projection_loss, split_listings)
 
 TEXTS = ["Phòng trọ 25m² Quận 10, wc riêng", "q10", "a", "Căn hộ mini có ban công, giá 5tr5, không chung chủ, gần chợ và bến xe"]
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import openai  # noqa: F401 (in the extras `queries` and `dev`: without it these tests fail)
 
 from bgem3_nb.queries import Answer, AnswerCache, Budget, Endpoint, EndpointError, generate_queries, read_passages
-from bgem3_nb.rows import read_rows
+from bgem3_nb.readers import read_rows
 
 TYPES = ["question", "keywords"]
 USAGE = {"prompt_tokens": 200, "completion_tokens": 50}

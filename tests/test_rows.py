@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bgem3_nb.rows as rows_module
-from bgem3_nb.rows import Rejected, RowError, make_rows, merge_queries, read_batches, read_rows, split_rows, write_rows
+from bgem3_nb.readers import read_batches, read_rows, write_rows
+from bgem3_nb.rows import Rejected, RowError, make_rows
+from bgem3_nb.splits import merge_queries, split_rows
 from bgem3_nb.sources import load_source
 
 REPO = Path(__file__).parent.parent

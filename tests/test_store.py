@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaMo
 
 from bgem3_nb.encoding import Embeddings, M3Encoder, row_numbers
 from bgem3_nb.store import EmbeddingStore, encode_corpus, search, shard_file
-from bgem3_nb.mining import scores_of, search_candidates
+from bgem3_nb.exact_search import scores_of, search_candidates
 from bgem3_nb.model import M3Config, M3Model, init_heads
 from bgem3_nb.scoring import all_scores, fuse
 

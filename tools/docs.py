@@ -18,7 +18,7 @@ from nbdev.doclinks import _build_modidx
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
-PARTS = {"0": "Model", "1": "Training", "2": "Data", "3": "Search and evaluation", "4": "Sources and jobs", "5": "Jobs, executed", "6": "Case studies"}
+PARTS = {"0": "Model", "1": "Training", "2": "Data", "3": "Negatives", "4": "Search, evaluation and jobs", "5": "Jobs", "6": "Studies", "9": "Appendix"}
 
 
 LINK = r"\[(`[^`\n]*`)\]\(([^()\s]*)\)"   # a name in backticks, as nbdev links it

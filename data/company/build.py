@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bgem3_nb.documents import chunk_documents, read_documents, text_key
+from bgem3_nb.documents import chunk_documents, read_documents
+from bgem3_nb.text import text_key
 from bgem3_nb.encoding import M3Encoder
 
 HERE = Path(__file__).parent
