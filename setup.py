@@ -1,5 +1,6 @@
 """Build bgem3_nb from settings.ini, the one source of metadata."""
 import re
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 from shutil import copyfile
@@ -27,15 +28,23 @@ extras["all"] = sorted({r for k, needs in extras.items() if k != "dev" for r in 
 extras["dev"] = sorted({*extras["dev"], *extras["all"]})
 
 
-JOB_FILES = {"nbs": ["[56][0-9]_*.ipynb"], "params": ["*.yaml"],
+JOB_FILES = {"params": ["*.yaml"],
              "data": ["law_mini.jsonl", "company/**/*.[jm]*", "rental/*.json"]}   # what defaults and parameter files name
+
+
+def job_notebooks():
+    "The notebooks that `bgem3-job` would list, by the same test: a cell tagged `parameters`."
+    sys.path.insert(0, str(here))
+    from bgem3_nb.jobs import is_job
+    return [f for f in (here / "nbs").glob("*.ipynb") if is_job(f)]
 
 
 class BuildWithJobs(build_py):
     "Put the job notebooks, their parameter files and the small data sets into the wheel, where `bgem3-job` finds them."
     def run(self):
         super().run()
-        for src in sorted(f for folder, patterns in JOB_FILES.items() for p in patterns for f in (here / folder).glob(p)):
+        files = [f for folder, patterns in JOB_FILES.items() for p in patterns for f in (here / folder).glob(p)]
+        for src in sorted([*job_notebooks(), *files]):
             dst = Path(self.build_lib) / cfg["lib_name"] / "job_files" / src.relative_to(here)
             dst.parent.mkdir(parents=True, exist_ok=True)
             copyfile(src, dst)

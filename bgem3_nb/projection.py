@@ -6,7 +6,8 @@
 __all__ = ['ABBREVIATIONS', 'count_parameters', 'start_pca', 'Examples', 'tidy', 'listing_groups', 'split_listings', 'batch',
            'projection_loss', 'type_report', 'LearnedWeights', 'CachedVectors', 'project', 'best_ranks',
            'ProjectionArguments', 'write_checkpoint', 'read_checkpoint', 'ProjectionTrainer', 'TopLayers', 'M3WithHead',
-           'sentence_modules', 'export_sentence_transformers', 'without_diacritics', 'typo', 'messy']
+           'sentence_modules', 'export_sentence_transformers', 'without_diacritics', 'typo', 'messy', 'new_head',
+           'with_messy_copies', 'project_all']
 
 # %% ../nbs/16_projection.ipynb #235f1b53
 import hashlib, json, math, random, re, secrets, shutil, unicodedata
@@ -548,3 +549,50 @@ def messy(
     if rng.random() < diacritics: text = without_diacritics(text)
     if rng.random() < short: text = re.sub(r"[,.?!]+(?=\s|$)", "", text)
     return " ".join(typo(w, rng) if len(w) > 3 and w.isalpha() and rng.random() < typos else w for w in text.split())
+
+# %% ../nbs/16_projection.ipynb #16e00002
+def new_head(
+    passages: torch.Tensor,    # (n, d_in) vectors of some passages
+    d_out: int,                # width of the new vectors
+    start: str = "pca",        # "pca": at the directions that hold most of the vectors; "random"
+    bias: bool = False,
+    layer_norm: bool = False,
+    seed: int = 0,             # random seed
+) -> ProjectionHead:
+    "Make a head at its start. Raises ValueError for a start that is unknown."
+    if start not in ("pca", "random"):
+        raise ValueError(f"start {start!r} is unknown; choose pca or random")
+    head = ProjectionHead(passages.shape[1], d_out, bias, layer_norm, seed)
+    if start == "pca": start_pca(head, passages)
+    return head
+
+# %% ../nbs/16_projection.ipynb #16e00004
+def with_messy_copies(
+    rows: list[dict],                # with `query` and one positive each
+    parts: dict[str, np.ndarray],    # places of rows, as `split_listings` gives them
+    copies: int,                     # of each training query
+    seed: int = 0,                   # random seed
+) -> tuple[Examples, dict[str, np.ndarray]]:  # all examples; the parts, "train copies", "messy test"
+    "Add messy copies of the training and the test queries, as examples of their own."
+    other = {tidy(rows[i]["query"]) for part in ("valid", "test") for i in parts[part]}
+    def copied(name, number):
+        return [(i, messy(rows[i]["query"], seed * 1000 + number)) for i in parts[name]]
+    made = [pair for n in range(copies) for pair in copied("train", n)]
+    kept = [(i, text) for i, text in made if text and text not in other]
+    tested = copied("test", 999)
+    new = [rows[i] | {"query": text} for i, text in kept + tested]
+    at = len(rows) + np.arange(len(new))
+    return Examples.from_rows(rows + new), {
+        **parts, "train copies": at[:len(kept)], "messy test": at[len(kept):]}
+
+# %% ../nbs/16_projection.ipynb #16e00006
+def project_all(
+    head: ProjectionHead,
+    vectors,                # `CachedVectors` or `TopLayers`
+    data: Examples,         # whose texts they are
+    queries: torch.Tensor,  # places of the queries that are asked
+) -> tuple[torch.Tensor, torch.Tensor]:   # (n_queries, d'), zero where not asked; (n_passages, d')
+    "Project the queries that are asked, and all passages."
+    found = torch.zeros(len(data.queries), head.linear.out_features)
+    found[queries] = project(head, vectors.queries, queries)
+    return found, project(head, vectors.passages, torch.arange(len(data.passages)))

@@ -38,8 +38,8 @@ def test_a_run_and_its_resume(tmp_path, launch):
     assert again.returncode == 0, again.stderr
     assert json.loads((run / "loss_history.json").read_text()) == history        # all epochs were there
     assert [f.stat().st_mtime_ns for f in sorted((tmp_path / "features").glob("*/*.safetensors"))] == times   # and no text was encoded again
-    other = launch("project", "-f", "mine.json", "--out", "run", "--force", "-p", "resume", "true", "-p", "max_length", "64")
-    assert other.returncode == 1 and "this run was begun with max_length 128, not 64" in other.stderr
+    other = launch("project", "-f", "mine.json", "--out", "run", "--force", "-p", "resume", "true", "-p", "search_length", "64")
+    assert other.returncode == 1 and "this run was begun with search_length 128, not 64" in other.stderr
     assert json.loads((run / "loss_history.json").read_text()) == history
 
 
