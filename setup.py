@@ -28,8 +28,8 @@ extras["all"] = sorted({r for k, needs in extras.items() if k != "dev" for r in 
 extras["dev"] = sorted({*extras["dev"], *extras["all"]})
 
 
-JOB_FILES = {"params": ["*.yaml"],
-             "data": ["law_mini.jsonl", "company/**/*.[jm]*", "rental/*.json"]}   # what defaults and parameter files name
+JOB_FILES = {"params": ["*.yaml"],   # and the data that defaults and parameter files name
+             "data": ["law_mini.jsonl", "company/**/*.[jm]*", "rental/*.json"]}
 
 
 def job_notebooks():

@@ -224,7 +224,7 @@ def rule_limits(
 def mine_ways(
     study: NegativeStudy,
     model: M3Model,              # finds the candidates
-    ways: dict[str, dict],       # name to `mix`, `order`, `denoise`, `quota`; without `mix`: none
+    ways: dict[str, dict],       # name to how its negatives are drawn
 ) -> tuple[dict, dict]:          # name to rows, name to what is said of its negatives
     "Mine the negatives of every way."
     mixes = ["0-20", *(way["mix"] for way in ways.values() if "mix" in way)]
@@ -235,7 +235,7 @@ def mine_ways(
         if "mix" not in way:
             rows[name], said[name] = study.rows.map(lambda r: {"neg": []}), {}
             continue
-        drawn = found.draw(study.num_negatives, way["mix"], way.get("order", "random"),
+        drawn = found.draw(study.num_negatives, way["mix"], way.get("sampling_strategy", "random"),
                            20 if way.get("quota") else 3)
         if way.get("denoise"): denoise(drawn, rules, study.data)
         chosen, counts = take(drawn, study.origins if way.get("quota") else None, way.get("quota"))

@@ -1,4 +1,4 @@
-"""What the job `compare` and `benchmarks/train_step.py` rest on: the reference's lexical head with less memory, and sentences for bad input."""
+"""What the job `compare` rests on: the reference's lexical head with less memory, and sentences for bad input."""
 import sys
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -15,12 +15,16 @@ def reference(lean):
     from FlagEmbedding.finetune.embedder.encoder_only.m3.modeling import EncoderOnlyEmbedderM3Model
     from transformers import XLMRobertaConfig, XLMRobertaModel
     torch.manual_seed(0)
-    encoder = XLMRobertaModel(XLMRobertaConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-                                               hidden_dropout_prob=0., attention_probs_dropout_prob=0.), add_pooling_layer=False)
+    config = XLMRobertaConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+    encoder = XLMRobertaModel(config, add_pooling_layer=False)
     parts = {"model": encoder, "colbert_linear": torch.nn.Linear(16, 16), "sparse_linear": torch.nn.Linear(16, 1)}
     torch.nn.init.constant_(parts["sparse_linear"].bias, .5)
     special = SimpleNamespace(cls_token_id=0, pad_token_id=1, eos_token_id=2, unk_token_id=3, padding_side="right")
-    model = EncoderOnlyEmbedderM3Model(parts, special, temperature=.02, sentence_pooling_method="mean", normalize_embeddings=True, use_self_distill=True)
+    model = EncoderOnlyEmbedderM3Model(
+        parts, special, temperature=.02, sentence_pooling_method="mean", normalize_embeddings=True,
+        use_self_distill=True)
     if lean: model._sparse_embedding = MethodType(lean_sparse_embedding, model)
     def batch(length):
         ids = torch.randint(4, 20, (6, length))     # few ids, so that terms repeat within a text and between texts
@@ -40,7 +44,8 @@ def test_lean_lexical_head_is_the_references():
     torch.testing.assert_close(found[True][0], found[False][0])
     assert found[True][1].keys() == found[False][1].keys() >= {"sparse_linear.weight", "colbert_linear.weight"}
     assert found[False][1]["sparse_linear.weight"].abs().sum() > 0
-    for name, grad in found[False][1].items(): torch.testing.assert_close(found[True][1][name], grad, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
+    for name, grad in found[False][1].items():
+        torch.testing.assert_close(found[True][1][name], grad, rtol=1e-4, atol=1e-6, msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("words, wanted", [

@@ -5,10 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 
 import pytest
 from conftest import LAUNCHER, REPO
 from nbformat import read
+
+from bgem3_nb.jobs import RENAMED, JobError, find_jobs, fit_value, job_params, plan_job, read_params
 
 PARAMETERS = '''steps: int = 3           # how many
 lr: float = 1e-3         # learning rate
@@ -32,21 +35,121 @@ def files(folder):
 
 # ---- the project's own jobs
 
+def own_jobs():
+    "The project's jobs: name to notebook."
+    return {name: path for name, path in find_jobs().items() if path.parent.parent == REPO}
+
+
+def own_params():
+    "Name of a parameter to (job, `JobParam`) of every job that has it."
+    found = defaultdict(list)
+    for job, path in own_jobs().items():
+        for param in job_params(path).values(): found[param.name].append((job, param))
+    return found
+
+
 def test_every_job_has_its_parameters_tag_after_cleaning():
-    "nbdev_clean strips tags unless settings.ini keeps them; papermill would then run the defaults, and exit with 0."
-    for path in sorted((REPO / "nbs").glob("[56][0-9]_*.ipynb")):
+    "nbdev_clean strips tags unless settings.ini keeps them; a notebook without the tag is no job any more."
+    assert list(own_jobs()) == ["prepare", "mine", "train", "project", "specialist", "compare", "ablation", "negatives"]
+    for path in own_jobs().values():
         tags = [t for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for t in c["metadata"].get("tags", [])]
         assert tags == ["parameters"], path.name
 
 
 def test_every_parameter_file_fits_a_job():
-    from bgem3_nb.jobs import JobError, find_jobs, plan_job
-    jobs = [name for name, path in find_jobs().items() if path.parent.parent == REPO]
     for path in sorted((REPO / "params").glob("*.yaml")):
         def fits(job):
             try: return plan_job(job, [str(path)])
             except JobError as e: return print(e)
-        assert any(map(fits, jobs)), path.name
+        assert any(map(fits, own_jobs())), path.name
+
+
+# What a name means in one job alone; everywhere else it means what it means in all other jobs.
+OWN_MEANING = {("compare", "data"), ("prepare", "test"), ("project", "source"), ("negatives", "source_options"),
+               ("mine", "distractors"), ("project", "learning_rate"), ("compare", "passage_length")}
+
+
+def test_a_name_means_the_same_in_every_job():
+    for name, uses in own_params().items():
+        shared = {(p.type_name, p.help) for job, p in uses if (job, name) not in OWN_MEANING}
+        assert len(shared) <= 1, (name, shared)
+    for job, name in OWN_MEANING:   # none of them is stale
+        others = {(p.type_name, p.help) for other, p in own_params()[name] if other != job}
+        mine = {(p.type_name, p.help) for other, p in own_params()[name] if other == job}
+        assert others and not mine & others, (job, name)
+
+
+def test_every_parameter_is_described():
+    for name, uses in own_params().items():
+        for job, p in uses: assert p.help, (job, name)
+
+
+def test_lengths_have_one_set_of_names():
+    names = {name for name in own_params() if "length" in name}
+    assert names <= {"query_length", "passage_length", "search_length"}
+    assert not RENAMED.keys() & own_params().keys()
+
+
+@pytest.mark.parametrize("job, old, new", [
+    ("train", "max_length", "search_length"),
+    ("mine", "low", "min_score"),
+    ("mine", "order", "sampling_strategy"),
+    ("compare", "length", "passage_length"),
+    ("negatives", "ways.x.order", "sampling_strategy"),
+])
+def test_old_names_are_refused_with_the_new_one(job, old, new, tmp_path):
+    value = 1
+    for key in reversed(old.split(".")): value = {key: value}
+    path = tmp_path / "old.yaml"
+    path.write_text(json.dumps(value))
+    with pytest.raises(JobError, match=f"old.yaml, line 1: .*called '{new}' now"): plan_job(job, [str(path)])
+
+
+# Parameter files that say that they are a job's defaults, written out: the job, and what they change.
+DEFAULTS = {"law": ("train", set()), "compare": ("compare", set()),
+            "mine_quran": ("mine", {"pilot"}), "project_rental": ("project", {"matryoshka", "learn_weights"})}
+
+
+def test_defaults_that_are_written_out_are_the_defaults():
+    files = (REPO / "params").glob("*.yaml")
+    assert {p.stem for p in files if "the job's defaults" in p.read_text(encoding="utf-8")} == DEFAULTS.keys()
+    for name, (job, changed) in DEFAULTS.items():
+        params = job_params(find_jobs()[job])
+        written = {k: v for k, (v, _) in read_params(REPO / "params" / f"{name}.yaml").items()}
+        other = {k for k, v in written.items() if k != "out" and fit_value(v, params[k].type) != params[k].default}
+        assert other == changed, name
+
+
+def test_a_job_is_a_notebook_with_parameters(job, launch, tmp_path):
+    "Whatever its number, or without one; other notebooks are not even read as JSON."
+    job("73_case", PARAMETERS)
+    job("mine_own", PARAMETERS)
+    job("10_chapter", "x = 1", tags=())
+    (tmp_path / "nbs" / "11_broken.ipynb").write_text('{"cells": [{"source": "\\"tags\\": [\\"parameters\\"]"}')
+    (tmp_path / "nbs" / "50_toy.failed.ipynb").write_text(job("50_toy", PARAMETERS).read_text())
+    listed = [line.split()[0] for line in launch("list").stdout.splitlines() if line]
+    assert listed[:3] == ["toy", "case", "mine_own"]
+    assert not {"chapter", "broken", "toy.failed"} & set(listed)
+    one_sentence(launch("chapter"), "10_chapter.ipynb", "tagged `parameters`")
+
+
+def test_the_wheel_has_the_jobs_that_are_found(tmp_path):
+    words = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path), "build_py", "--build-lib",
+             str(tmp_path / "lib")]
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run(words, cwd=REPO, env=env, check=True, capture_output=True)
+    packed = sorted((tmp_path / "lib" / "bgem3_nb" / "job_files" / "nbs").iterdir())
+    assert [p.name for p in packed] == [p.name for p in own_jobs().values()]
+
+
+def test_every_job_shows_a_summary_and_its_parameters():
+    for name, path in own_jobs().items():
+        cells = ["".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+        shows = [i for i, s in enumerate(cells) if f'JobReport("{name}", globals())\nreport.show()' in s]
+        ends = [i for i, s in enumerate(cells) if "report.finish(" in s]
+        titles = [i for i, s in enumerate(cells) if s.startswith("## ")]
+        assert len(shows) == len(ends) == 1, name
+        assert shows[0] < titles[0] < ends[0], name
 
 
 def test_tags_survive_cleaning(tmp_path, env):
@@ -54,9 +157,10 @@ def test_tags_survive_cleaning(tmp_path, env):
     from shutil import copy
     (tmp_path / "nbs").mkdir()
     copy(REPO / "settings.ini", tmp_path)
-    for path in (REPO / "nbs").glob("[56][0-9]_*.ipynb"): copy(path, tmp_path / "nbs")
+    for path in own_jobs().values(): copy(path, tmp_path / "nbs")
     before = [p.read_bytes() for p in sorted((tmp_path / "nbs").iterdir())]
-    subprocess.run([sys.executable, "-c", "from nbdev.clean import nbdev_clean; nbdev_clean()"], cwd=tmp_path, env=env, check=True)
+    clean = "from nbdev.clean import nbdev_clean; nbdev_clean()"
+    subprocess.run([sys.executable, "-c", clean], cwd=tmp_path, env=env, check=True)
     assert before == [p.read_bytes() for p in sorted((tmp_path / "nbs").iterdir())]
 
 
@@ -105,10 +209,14 @@ def test_refuses(job, launch, tmp_path, args, words):
     ("- steps\n", ["bad.yaml, line 1", "mapping"]),
     ("steps: 1\nlr: 'x\n", ["bad.yaml, line", "not YAML"]),
     ("steps: 1\nsteps: 2\n", ["bad.yaml, line 2", "given twice"]),
-    ("labels: {language: vi}\nlr: 1\nsettings:\n  first: {rate: 1e-5}\n  second:\n    rate: fast\n", ["bad.yaml, line 6", "'settings.second.rate'", "must be float, not 'fast'"]),
-    ("settings:\n  first: {rat: 1}\n", ["bad.yaml, line 2", "'settings.first.rat'", "is unknown; did you mean 'rate'?"]),
-    ("labels:\n  source: x\n  domain: 2024\n", ["bad.yaml, line 3", "'labels.domain'", "must be str, not 2024", 'write "2024" in quotes']),
-    ("labels: {language: no}\n", ["bad.yaml, line 1", "'labels.language'", "must be str, not 'no'", 'write "no" in quotes']),
+    ("labels: {language: vi}\nlr: 1\nsettings:\n  first: {rate: 1e-5}\n  second:\n    rate: fast\n",
+     ["bad.yaml, line 6", "'settings.second.rate'", "must be float, not 'fast'"]),
+    ("settings:\n  first: {rat: 1}\n",
+     ["bad.yaml, line 2", "'settings.first.rat'", "is unknown; did you mean 'rate'?"]),
+    ("labels:\n  source: x\n  domain: 2024\n",
+     ["bad.yaml, line 3", "'labels.domain'", "must be str, not 2024", 'write "2024" in quotes']),
+    ("labels: {language: no}\n",
+     ["bad.yaml, line 1", "'labels.language'", "must be str, not 'no'", 'write "no" in quotes']),
     ("labels: {domain: 2024-05-01}\n", ["'labels.domain'", "must be str, not '2024-05-01'", "in quotes"]),
 ])
 def test_refuses_file(job, launch, tmp_path, text, words):
@@ -141,7 +249,8 @@ def test_runs_with_files_and_overrides(job, launch, tmp_path):
     (tmp_path / "small.yaml").write_text("lr: 1e-2\nsteps: 7\nsettings: {first: {rate: 1e-5}}\n")
     result = launch("toy", "-f", "small.yaml", "-p", "steps", "2", "--out", "run")
     assert result.returncode == 0, result.stderr
-    assert "steps=2 lr=0.01 note=None out='run' {'first': {'rate': 1e-05}}" in result.stdout and "{'a table': 2}" in result.stdout
+    assert "steps=2 lr=0.01 note=None out='run' {'first': {'rate': 1e-05}}" in result.stdout
+    assert "{'a table': 2}" in result.stdout
     assert files(tmp_path / "run") == ["toy.html", "toy.ipynb"]
     page = (tmp_path / "run" / "toy.html").read_text(encoding="utf-8")
     assert "steps=2" in page and "50_toy" in page
@@ -153,7 +262,8 @@ def test_kernel_is_this_interpreter_and_stands_here(job, launch, tmp_path):
     fake = tmp_path / "jupyter" / "kernels" / "python3"
     fake.mkdir(parents=True)
     (fake / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
-    job("50_toy", PARAMETERS, "import os, sys, bgem3_nb\nprint(sys.executable, os.getcwd(), bgem3_nb.__file__, sep='|')")
+    tells = "import os, sys, bgem3_nb\nprint(sys.executable, os.getcwd(), bgem3_nb.__file__, sep='|')"
+    job("50_toy", PARAMETERS, tells)
     result = launch("toy", "--no-progress", JUPYTER_PATH=str(tmp_path / "jupyter"))
     assert result.returncode == 0, result.stderr
     executable, here, package = result.stdout.strip().split("|")
@@ -162,10 +272,13 @@ def test_kernel_is_this_interpreter_and_stands_here(job, launch, tmp_path):
 
 
 def test_no_progress_is_quiet(job, launch):
-    job("50_toy", PARAMETERS + "\nprogress: bool = True", "from tqdm.auto import tqdm\nfor i in tqdm([1]): pass\nprint(progress)")
+    shows_a_bar = "from tqdm.auto import tqdm\nfor i in tqdm([1]): pass\nprint(progress)"
+    job("50_toy", PARAMETERS + "\nprogress: bool = True", shows_a_bar)
     loud, quiet = launch("toy", "--out", "loud"), launch("toy", "--out", "quiet", "--no-progress")
-    assert loud.stdout == "True\n" and "50_toy" in loud.stderr and "1/1" in loud.stderr and "IProgress" not in loud.stderr
-    assert quiet.stdout == "False\n" and quiet.stderr.count("\n") == 1, quiet.stderr
+    assert (loud.stdout, quiet.stdout) == ("True\n", "False\n")
+    for said in ("50_toy", "1/1"): assert said in loud.stderr
+    assert "IProgress" not in loud.stderr
+    assert quiet.stderr.count("\n") == 1, quiet.stderr
 
 
 def test_leaves_out_cells_that_are_not_evaluated(job, launch):
@@ -183,12 +296,17 @@ def test_figures_are_in_the_page(job, launch, tmp_path):
 
 
 def test_failure_is_one_sentence_and_the_notebook_is_kept(job, launch, tmp_path):
-    job("50_toy", PARAMETERS, "open(out + '/part.txt', 'w').write('done')", "raise ValueError('x.jsonl, line 7: no positive')", "print('after')")
+    job("50_toy", PARAMETERS, "open(out + '/part.txt', 'w').write('done')",
+        "raise ValueError('x.jsonl, line 7: no positive')", "print('after')")
     result = launch("toy", "--out", "run", "--no-progress")
-    assert result.returncode == 1 and "after" not in result.stdout and "Traceback" not in result.stderr
-    assert "failed: ValueError: x.jsonl, line 7: no positive" in result.stderr and "run/toy.failed.ipynb" in result.stderr
+    assert result.returncode == 1
+    assert "after" not in result.stdout
+    assert "Traceback" not in result.stderr
+    assert "failed: ValueError: x.jsonl, line 7: no positive" in result.stderr
+    assert "run/toy.failed.ipynb" in result.stderr
     assert files(tmp_path / "run") == ["part.txt", "toy.failed.ipynb"]
-    errors = [o for c in read(tmp_path / "run" / "toy.failed.ipynb", 4).cells for o in c.get("outputs", []) if o.output_type == "error"]
+    cells = read(tmp_path / "run" / "toy.failed.ipynb", 4).cells
+    errors = [o for c in cells for o in c.get("outputs", []) if o.output_type == "error"]
     assert errors[0].ename == "ValueError" and errors[0].traceback
 
 
@@ -254,8 +372,8 @@ def gone(pid):
 @pytest.mark.parametrize("sig, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped(job, tmp_path, started, sig, code):
     "The cell is interrupted, its own clean-up runs, the kernel is gone, the partial notebook is kept."
-    job("50_toy", PARAMETERS, "import os, time\ntry:\n    print('kernel', os.getpid(), flush=True)\n    time.sleep(60)\n"
-        "finally: open(out + '/cleaned.txt', 'w').close()", "print('after')")
+    job("50_toy", PARAMETERS, "import os, time\ntry:\n    print('kernel', os.getpid(), flush=True)\n"
+        "    time.sleep(60)\nfinally: open(out + '/cleaned.txt', 'w').close()", "print('after')")
     process, kernel = started()
     process.send_signal(sig)
     stdout, stderr = process.communicate(timeout=300)
@@ -268,7 +386,8 @@ def test_stopped(job, tmp_path, started, sig, code):
 def test_stopped_at_once(job, tmp_path, started):
     "A cell that takes no notice of Ctrl-C does not outlive the second one."
     job("50_toy", PARAMETERS, "import os, time\nsaid = False\nwhile True:\n    try:\n"
-        "        if not said: said = True; print('kernel', os.getpid(), flush=True)\n"
+        "        if not said: print('kernel', os.getpid(), flush=True)\n"
+        "        said = True\n"
         "        time.sleep(60)\n    except KeyboardInterrupt: print('no', flush=True)")
     process, kernel = started()
     process.send_signal(signal.SIGINT)
@@ -281,7 +400,10 @@ def test_stopped_at_once(job, tmp_path, started):
 
 # ---- the run's directory
 
-WRITES = "from pathlib import Path\nfor i in range(steps): Path(out, f'{i}.txt').write_text(str(i))\nPath(out, 'parts').mkdir(exist_ok=True)\nPath(out, 'parts', 'x-1').touch()"
+WRITES = '''from pathlib import Path
+for i in range(steps): Path(out, f'{i}.txt').write_text(str(i))
+Path(out, 'parts').mkdir(exist_ok=True)
+Path(out, 'parts', 'x-1').touch()'''
 
 
 def test_a_directory_of_somebody_else(job, launch, tmp_path):
@@ -290,7 +412,8 @@ def test_a_directory_of_somebody_else(job, launch, tmp_path):
     (tmp_path / "mine" / "runs").mkdir(parents=True)
     (tmp_path / "mine" / "runs" / "thesis.txt").write_text("years of work")
     for words in ([], ["--force"]):
-        one_sentence(launch("toy", "--out", "mine", *words), "mine holds runs, and no run.json says that a job wrote that", "--out")
+        refused = launch("toy", "--out", "mine", *words)
+        one_sentence(refused, "mine holds runs, and no run.json says that a job wrote that", "--out")
         assert sorted(p.name for p in (tmp_path / "mine").rglob("*")) == ["runs", "thesis.txt"]
 
 
@@ -299,7 +422,8 @@ def test_the_project_s_jobs_delete_nothing_of_yours(launch, tmp_path):
     for name, folder in (("compare", "runs"), ("train", "checkpoints"), ("prepare", "queries")):
         (tmp_path / name / folder).mkdir(parents=True)
         (tmp_path / name / folder / "thesis.txt").write_text("years of work")
-        one_sentence(launch(name, "-f", f"{name}_smoke", "--out", name, "--force"), f"{name} holds {folder}, and no run.json")
+        refused = launch(name, "-f", f"{name}_smoke", "--out", name, "--force")
+        one_sentence(refused, f"{name} holds {folder}, and no run.json")
         assert (tmp_path / name / folder / "thesis.txt").read_text() == "years of work"
 
 
@@ -310,14 +434,16 @@ def test_forcing_leaves_nothing_of_the_run_before(job, launch, tmp_path):
     assert launch("toy", "--out", "run", "--force", "-p", "steps", "1").returncode == 0
     assert files(tmp_path / "run") == ["0.txt", "notes.md", "toy.html", "toy.ipynb", "x-1"]   # parts may be used again
     marker = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert marker["state"] == "finished" and sorted(marker["wrote"]) == ["0.txt", "parts", "parts/x-1", "toy.html", "toy.ipynb"]
+    assert marker["state"] == "finished"
+    assert sorted(marker["wrote"]) == ["0.txt", "parts", "parts/x-1", "toy.html", "toy.ipynb"]
 
 
 @pytest.mark.parametrize("resume, left", [("false", ["0.txt"]), ("true", ["0.txt", "1.txt", "2.txt"])])
 def test_resuming_keeps_what_a_fresh_run_deletes(job, launch, tmp_path, resume, left):
     job("50_toy", PARAMETERS + "\nresume: bool = False", WRITES)
     assert launch("toy", "--out", "run").returncode == 0
-    job("50_toy", PARAMETERS + "\nresume: bool = False", "from pathlib import Path\nprint(sorted(p.name for p in Path(out, 'parts').glob('*')))\n" + WRITES)
+    lists = "from pathlib import Path\nprint(sorted(p.name for p in Path(out, 'parts').glob('*')))\n"
+    job("50_toy", PARAMETERS + "\nresume: bool = False", lists + WRITES)
     again = launch("toy", "--out", "run", "--force", "-p", "steps", "1", "-p", "resume", resume)
     assert again.returncode == 0, again.stderr
     assert again.stdout.strip() == ("['x-1']" if resume == "true" else "[]")
@@ -328,17 +454,20 @@ def test_wrong_parameters_delete_nothing(job, launch, tmp_path):
     job("50_toy", PARAMETERS, WRITES)
     assert launch("toy", "--out", "run").returncode == 0
     before = files(tmp_path / "run")
-    one_sentence(launch("toy", "--out", "run", "--force", "-p", "settings", "{first: {most: 1.5}}"), "'settings.first.most'", "must be int")
+    refused = launch("toy", "--out", "run", "--force", "-p", "settings", "{first: {most: 1.5}}")
+    one_sentence(refused, "'settings.first.most'", "must be int")
     assert files(tmp_path / "run") == before
 
 
 def test_what_a_run_would_delete_is_not_its_input(job, launch, tmp_path):
     job("50_toy", PARAMETERS, WRITES)
     assert launch("toy", "--out", "run").returncode == 0
-    one_sentence(launch("toy", "--out", "run", "--force", "-p", "note", "run/2.txt"), "'note' names run/2.txt", "copy it elsewhere")
+    refused = launch("toy", "--out", "run", "--force", "-p", "note", "run/2.txt")
+    one_sentence(refused, "'note' names run/2.txt", "copy it elsewhere")
     (tmp_path / "run" / "2.txt").write_text("labelled by hand")
     one_sentence(launch("toy", "--out", "run", "--force"), "run/2.txt was changed after the job had written it")
-    assert (tmp_path / "run" / "2.txt").read_text() == "labelled by hand" and (tmp_path / "run" / "0.txt").exists()
+    assert (tmp_path / "run" / "2.txt").read_text() == "labelled by hand"
+    assert (tmp_path / "run" / "0.txt").exists()
 
 
 def test_a_directory_of_another_job(job, launch, tmp_path):
@@ -353,7 +482,8 @@ def test_two_jobs_at_once(job, launch, tmp_path, started):
     job("50_toy", PARAMETERS, "import os, time\nfrom pathlib import Path\nprint('kernel', os.getpid(), flush=True)\n"
         "while not Path('go').exists(): time.sleep(.05)\nPath(out, 'done.txt').touch()")
     process, _ = started()
-    for words in ([], ["--force"]): one_sentence(launch("toy", "--out", "run", *words), "run is in use by another job", "--out")
+    for words in ([], ["--force"]):
+        one_sentence(launch("toy", "--out", "run", *words), "run is in use by another job", "--out")
     (tmp_path / "go").touch()
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
@@ -362,7 +492,8 @@ def test_two_jobs_at_once(job, launch, tmp_path, started):
 
 def test_a_killed_job_leaves_no_lock(job, launch, tmp_path, started):
     "Its list is kept while it runs, so that the next run can clear what it left."
-    job("50_toy", PARAMETERS, "import os, time\nfrom pathlib import Path\nPath(out, 'old.txt').touch()\nprint('kernel', os.getpid(), flush=True)\ntime.sleep(600)")
+    job("50_toy", PARAMETERS, "import os, time\nfrom pathlib import Path\nPath(out, 'old.txt').touch()\n"
+        "print('kernel', os.getpid(), flush=True)\ntime.sleep(600)")
     process, kernel = started()
     for _ in range(600):
         if "old.txt" in json.loads((tmp_path / "run" / "run.json").read_text())["wrote"]: break

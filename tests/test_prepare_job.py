@@ -10,17 +10,22 @@ def rows(path):
 
 def test_dirty_data_from_two_formats(tmp_path, launch):
     "Bad rows, repeated queries, contradictions and targets: what is written, rejected, merged and left out adds up."
-    good = [{"query": f"what is {i}", "pos": [f"the answer number {i} is {i * 7919}"], "language": "en", "query_type": "ab"[i % 4 == 0], "domain": "d"} for i in range(60)]
+    good = [{"query": f"what is {i}", "pos": [f"the answer number {i} is {i * 7919}"], "language": "en",
+             "query_type": "ab"[i % 4 == 0], "domain": "d"} for i in range(60)]
     bad = [{"query": "x", "pos": [""]}, {"query": "y"}, {"query": "what is left", "pos": ["p"], "neg": ["p"]}]
-    text = "".join(json.dumps(r) + "\n" for r in [*good, *bad, good[0] | {"pos": ["another answer to nought"]}]) + '{"query": "half'
+    every = [*good, *bad, good[0] | {"pos": ["another answer to nought"]}]
+    text = "".join(json.dumps(r) + "\n" for r in every) + '{"query": "half'
     (tmp_path/"one.jsonl").write_text(text)
-    (tmp_path/"two.csv").write_text("question,answer,language\n" + "".join(f"ما هو {i},الجواب رقم {i} هو {i * 6007},ar\n" for i in range(30)))
-    done = launch("prepare", "-p", "data", f'["{tmp_path}/one.jsonl", "{tmp_path}/two.csv"]', "-p", "test", "0.1", "-p", "targets", '{"language": {"ar": 0.5}}',
-                  "-p", "labels", '{"domain": "d"}', "-p", "fill_language", "false", "--out", "run", "--no-progress")
+    lines = [f"ما هو {i},الجواب رقم {i} هو {i * 6007},ar\n" for i in range(30)]
+    (tmp_path/"two.csv").write_text("question,answer,language\n" + "".join(lines))
+    done = launch("prepare", "-p", "data", f'["{tmp_path}/one.jsonl", "{tmp_path}/two.csv"]', "-p", "test", "0.1",
+                  "-p", "targets", '{"language": {"ar": 0.5}}', "-p", "labels", '{"domain": "d"}',
+                  "-p", "fill_language", "false", "--out", "run", "--no-progress")
     assert done.returncode == 0, done.stderr
     out = tmp_path/"run"
     stats = json.loads((out/"prepare_stats.json").read_text())
-    rejected, parts = rows(out/"rejected.jsonl"), {name: rows(out/f"{name}.jsonl") for name in ("train", "valid", "test")}
+    rejected = rows(out/"rejected.jsonl")
+    parts = {name: rows(out/f"{name}.jsonl") for name in ("train", "valid", "test")}
     assert [(r["line"], r["field"]) for r in rejected[:3]] == [(61, "pos"), (62, "pos"), (65, "")]
     assert [r["row"]["query"] for r in rejected[3:]] == ["what is left"]
     assert [f["in"] for f in stats["files"].values()] == [65, 30]
@@ -35,28 +40,38 @@ def test_dirty_data_from_two_formats(tmp_path, launch):
 
 def test_strict_stops_at_the_first_bad_row(tmp_path, launch):
     (tmp_path/"rows.jsonl").write_text('{"query": "a", "pos": "b"}\n{"query": "a", "pos": 5}\n')
-    done = launch("prepare", "-p", "data", str(tmp_path/"rows.jsonl"), "-p", "strict", "true", "--out", "run", "--no-progress")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    done = launch("prepare", "-p", "data", str(tmp_path/"rows.jsonl"), "-p", "strict", "true", "--out", "run",
+                  "--no-progress")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
     for part in ("rows.jsonl, line 2, field 'pos'", "found int '5'"): assert part in done.stderr, done.stderr
-    assert sorted(p.name for p in (tmp_path/"run").iterdir() if p.name != ".lock") == ["prepare.failed.ipynb", "run.json"]
+    left = sorted(p.name for p in (tmp_path/"run").iterdir() if p.name != ".lock")
+    assert left == ["prepare.failed.ipynb", "run.json"]
 
 
 def test_a_dry_run_asks_nobody(tmp_path, launch):
-    done = launch("prepare", "-p", "data", str(REPO/"data"/"company"), "-p", "write_queries", "llm", "-p", "dry_run", "true", "-p", "query_options", '{"language": "vi"}',
-                  "-p", "endpoint", '{"model": "any", "base_url": "http://127.0.0.1:9/v1", "price_in": 1.0, "price_out": 2.0, "key_env": ""}', "--out", "run", "--no-progress")
+    endpoint = {"model": "any", "base_url": "http://127.0.0.1:9/v1", "price_in": 1.0, "price_out": 2.0, "key_env": ""}
+    done = launch("prepare", "-p", "data", str(REPO/"data"/"company"), "-p", "write_queries", "llm",
+                  "-p", "dry_run", "true", "-p", "query_options", '{"language": "vi"}',
+                  "-p", "endpoint", json.dumps(endpoint), "--out", "run", "--no-progress")
     assert done.returncode == 0, done.stderr
-    assert "A dry run: nothing was asked" in done.stdout and (tmp_path/"run"/"queries"/"prompts.jsonl").is_file()
+    assert "A dry run: nothing was asked" in done.stdout
+    assert (tmp_path/"run"/"queries"/"prompts.jsonl").is_file()
     assert not (tmp_path/"run"/"train.jsonl").exists()
 
 
 def test_a_key_never_reaches_the_disk(tmp_path, launch):
-    "As a value, as a name of a variable, in a URL, in a parameter file: refused before a notebook is written, and not repeated."
+    "As a value, a name of a variable, in a URL, in a file: refused before a notebook is written, and not repeated."
     secret = "sk-" + "a1B2" * 8
     (tmp_path/"mine.yaml").write_text(f"write_queries: llm\nendpoint:\n  model: m\n  api_key: {secret}\n")
-    for words in (["-p", "endpoint", json.dumps({"model": "m", "api_key": secret})], ["-p", "endpoint", f'{{"api_key": "{secret}"'], ["-p", "endpoint", json.dumps({"key_env": secret})],
-                  ["-p", "endpoint", json.dumps({"base_url": f"https://me:{secret}@127.0.0.1/v1"})], ["-p", "model", secret], ["-f", "mine.yaml"]):
+    endpoints = [json.dumps({"model": "m", "api_key": secret}), f'{{"api_key": "{secret}"',
+                 json.dumps({"key_env": secret}), json.dumps({"base_url": f"https://me:{secret}@127.0.0.1/v1"})]
+    for words in (*(["-p", "endpoint", e] for e in endpoints), ["-p", "model", secret], ["-f", "mine.yaml"]):
         done = launch("prepare", *words, "--out", "run")
-        assert done.returncode == 1 and "key" in done.stderr and secret not in done.stdout + done.stderr and done.stderr.count("\n") == 1, (words, done.stderr)
+        assert done.returncode == 1, words
+        assert "key" in done.stderr, (words, done.stderr)
+        assert secret not in done.stdout + done.stderr, words
+        assert done.stderr.count("\n") == 1, (words, done.stderr)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.yaml"]
     assert "mine.yaml, line 2: api_key" in done.stderr
 
@@ -64,7 +79,8 @@ def test_a_key_never_reaches_the_disk(tmp_path, launch):
 def test_the_projects_own_data_from_anywhere(tmp_path, launch):
     "The job's defaults, in an empty directory; a file of that name where one stands comes first."
     plan = launch("prepare", "--dry-run").stdout
-    assert f"'{REPO}/data/company'" in plan and "default (the project's own data)" in plan
+    assert f"'{REPO}/data/company'" in plan
+    assert "default (the project's own data)" in plan
     (tmp_path/"data"/"company").mkdir(parents=True)
     assert "'data/company' " in launch("prepare", "--dry-run").stdout
 
@@ -74,10 +90,12 @@ def test_what_defaults_and_parameter_files_name_is_in_the_wheel(tmp_path, monkey
     import ast
     from bgem3_nb.jobs import JobError, find_jobs, plan_job
     monkeypatch.chdir(tmp_path)
-    packed = next(ast.literal_eval(n.value) for n in ast.parse((REPO/"setup.py").read_text()).body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "JOB_FILES")
-    packed = {f for p in packed["data"] for f in (REPO/"data").glob(p)}
+    assigned = [n for n in ast.parse((REPO/"setup.py").read_text()).body if isinstance(n, ast.Assign)]
+    [patterns] = [ast.literal_eval(n.value) for n in assigned if ast.unparse(n.targets[0]) == "JOB_FILES"]
+    packed = {f for p in patterns["data"] for f in (REPO/"data").glob(p)}
     def texts(value):
-        if isinstance(value, (list, dict)): return [t for v in (value.values() if isinstance(value, dict) else value) for t in texts(v)]
+        if isinstance(value, dict): value = list(value.values())
+        if isinstance(value, list): return [t for v in value for t in texts(v)]
         return [value] if isinstance(value, str) else []
     found = set()
     for name in find_jobs():
@@ -87,26 +105,32 @@ def test_what_defaults_and_parameter_files_name_is_in_the_wheel(tmp_path, monkey
             named = [t for k, v in plan.values.items() if k != "out" for t in texts(v)]
             assert not [t for t in named if t.startswith("data/")], (name, file, named)
             found |= {t for t in named if t.startswith(str(REPO/"data"))}
-    assert {str(REPO/"data"/n) for n in ("company", "company/documents", "law_mini.jsonl", "rental/listings.json")} <= found
+    names = ("company", "company/documents", "law_mini.jsonl", "rental/listings.json")
+    assert {str(REPO/"data"/n) for n in names} <= found
     for path in found: assert any(f == REPO/path or str(f).startswith(path + "/") for f in packed), path
 
 
 def test_forcing_with_other_settings_leaves_no_old_test(tmp_path, launch):
     "The rows of the old test are in the new training rows: beside them, it would be no test."
-    words = ["prepare", "-f", "prepare_smoke", "--out", "run", "--no-progress", "-p", "data", str(REPO/"data"/"law_mini.jsonl")]
+    law = str(REPO/"data"/"law_mini.jsonl")
+    words = ["prepare", "-f", "prepare_smoke", "--out", "run", "--no-progress", "-p", "data", law]
     done = launch(*words, "-p", "test", "0.3")
     assert done.returncode == 0, done.stderr
     held_out = {r["query"] for r in rows(tmp_path/"run"/"test.jsonl")}
     done = launch(*words, "-p", "test", "0", "--force")
     assert done.returncode == 0, done.stderr
     trained = {r["query"] for name in ("train", "valid") for r in rows(tmp_path/"run"/f"{name}.jsonl")}
-    assert held_out and held_out <= trained and not (tmp_path/"run"/"test.jsonl").exists()
+    assert held_out
+    assert held_out <= trained
+    assert not (tmp_path/"run"/"test.jsonl").exists()
 
 
 def test_a_dollar_in_a_label(tmp_path, launch):
     "It begins no formula in a figure."
-    lines = [{"query": f"what is {i}", "pos": [f"the answer number {i} is {i * 7919}"], "domain": ["$x", "a$b$", r"$\frac$"][i % 3]} for i in range(30)]
+    lines = [{"query": f"what is {i}", "pos": [f"the answer number {i} is {i * 7919}"],
+              "domain": ["$x", "a$b$", r"$\frac$"][i % 3]} for i in range(30)]
     (tmp_path/"rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    done = launch("prepare", "-p", "data", "rows.jsonl", "-p", "fill_language", "false", "-p", "near", "0", "-p", "targets", '{domain: {"$x": 0.5}}', "--out", "run", "--no-progress")
+    done = launch("prepare", "-p", "data", "rows.jsonl", "-p", "fill_language", "false", "-p", "near", "0",
+                  "-p", "targets", '{domain: {"$x": 0.5}}', "--out", "run", "--no-progress")
     assert done.returncode == 0, done.stderr
     assert (tmp_path/"run"/"balance.png").is_file()

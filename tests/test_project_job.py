@@ -4,8 +4,9 @@ import json
 from conftest import REPO
 
 RENTAL = str(REPO / "data" / "rental" / "listings.json")
-SMALL = {"source": RENTAL, "max_rows": 30, "epochs": 3, "d_out": 8, "batch_size": 8, "warmup_steps": 2, "messy_copies": 1, "train_split": 0.6, "test_split": 0.2,
-         "ablations": 0, "save_model": False, "check": False, "progress": False, "learning_rate": 1e-3}
+SMALL = {"source": RENTAL, "max_rows": 30, "epochs": 3, "d_out": 8, "batch_size": 8, "warmup_steps": 2,
+         "messy_copies": 1, "train_split": 0.6, "test_split": 0.2, "ablations": 0,
+         "save_model": False, "check": False, "progress": False, "learning_rate": 1e-3}
 
 
 def test_json_and_flags_are_checked(tmp_path, launch):
@@ -14,39 +15,52 @@ def test_json_and_flags_are_checked(tmp_path, launch):
     done = launch("project", "-f", str(config), "-p", "d_out", "4", "--dry-run")
     assert done.returncode == 0, done.stderr
     plan = {line.split()[0]: line.split()[1] for line in done.stdout.splitlines()[1:] if len(line.split()) > 1}
-    assert plan["d_out"] == "4" and plan["learning_rate"] == "0.001" and plan["max_rows"] == "30" and "mine.json" in done.stdout
+    assert (plan["d_out"], plan["learning_rate"], plan["max_rows"]) == ("4", "0.001", "30")
+    assert "mine.json" in done.stdout
     config.write_text(json.dumps(SMALL | {"learning_rates": 1}))
     done = launch("project", "-f", str(config), "--dry-run")
-    assert done.returncode == 1 and ": unknown parameter 'learning_rates'" in done.stderr and "'learning_rate'" in done.stderr
+    assert done.returncode == 1
+    assert ": unknown parameter 'learning_rates'" in done.stderr
+    assert "'learning_rate'" in done.stderr
     done = launch("project", "-p", "use_hard_negs", "true", "--dry-run")
-    assert done.returncode == 1 and "'use_hard_neg'" in done.stderr
+    assert done.returncode == 1
+    assert "'use_hard_neg'" in done.stderr
 
 
 def test_a_run_and_its_resume(tmp_path, launch):
-    (tmp_path / "mine.json").write_text(json.dumps(SMALL | {"features": str(tmp_path / "features"), "learn_weights": True}))
+    features = tmp_path / "features"
+    (tmp_path / "mine.json").write_text(json.dumps(SMALL | {"features": str(features), "learn_weights": True}))
     done = launch("project", "-f", "mine.json", "--out", "run")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     left = {p.name for p in run.iterdir()}
-    assert {"best.safetensors", "final.safetensors", "checkpoint.safetensors", "config.json", "loss_history.json", "metrics.json", "curves.png", "project.ipynb", "project.html"} <= left
+    assert {"best.safetensors", "final.safetensors", "checkpoint.safetensors", "config.json", "loss_history.json",
+            "metrics.json", "curves.png", "project.ipynb", "project.html"} <= left
     assert not [n for n in left if n.endswith(".tmp")]
     history, config = (json.loads((run / f).read_text()) for f in ("loss_history.json", "config.json"))
-    assert [h["epoch"] for h in history] == [1, 2, 3] and config["parameters"] == 8 * 384 and config["epochs"] == 3
-    stores = sorted((tmp_path / "features").glob("*/*.safetensors")); times = [f.stat().st_mtime_ns for f in stores]
-    assert stores
+    assert [h["epoch"] for h in history] == [1, 2, 3]
+    assert (config["parameters"], config["epochs"]) == (8 * 384, 3)
+    def times(): return [f.stat().st_mtime_ns for f in sorted(features.glob("*/*.safetensors"))]
+    encoded = times()
+    assert encoded
     again = launch("project", "-f", "mine.json", "--out", "run", "--force", "-p", "resume", "true")
     assert again.returncode == 0, again.stderr
     assert json.loads((run / "loss_history.json").read_text()) == history        # all epochs were there
-    assert [f.stat().st_mtime_ns for f in sorted((tmp_path / "features").glob("*/*.safetensors"))] == times   # and no text was encoded again
-    other = launch("project", "-f", "mine.json", "--out", "run", "--force", "-p", "resume", "true", "-p", "search_length", "64")
-    assert other.returncode == 1 and "this run was begun with search_length 128, not 64" in other.stderr
+    assert times() == encoded                            # and no text was encoded again
+    other = launch("project", "-f", "mine.json", "--out", "run", "--force", "-p", "resume", "true",
+                   "-p", "search_length", "64")
+    assert other.returncode == 1
+    assert "this run was begun with search_length 128, not 64" in other.stderr
     assert json.loads((run / "loss_history.json").read_text()) == history
 
 
 def test_wrong_rows(tmp_path, launch):
-    good = {"query": "phòng q3 5tr", "pos": "Phòng Quận 3, giá 5tr", "hard_neg": [{"text": "Phòng Quận 4, giá 5tr", "type": ["location"], "weight": 0}]}
-    (tmp_path / "rooms.json").write_text(json.dumps([good, good | {"hard_neg": [{"text": "x", "type": ["price"], "wieght": 1}]}]))
+    near = {"text": "Phòng Quận 4, giá 5tr", "type": ["location"], "weight": 0}
+    good = {"query": "phòng q3 5tr", "pos": "Phòng Quận 3, giá 5tr", "hard_neg": [near]}
+    bad = good | {"hard_neg": [{"text": "x", "type": ["price"], "wieght": 1}]}
+    (tmp_path / "rooms.json").write_text(json.dumps([good, bad]))
     done = launch("project", "-p", "source", "rooms.json", "--out", "run")
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
     for part in ("rooms.json", "hard_neg", "wieght"): assert part in done.stderr, done.stderr
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
