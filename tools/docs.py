@@ -2,6 +2,7 @@
 same configuration with smalldocs, in _site. No notebook is executed but for its imports and exported cells, which nbdev runs
 to describe functions. The build fails when two notebooks would become the same page, when a chapter has no page, or when a
 page shows an error, a formula that is not one, Markdown that was not read as such, or a link or picture that leads nowhere."""
+import ast
 import json
 import re
 import shutil
@@ -17,9 +18,6 @@ from nbdev.config import get_config
 from nbdev.doclinks import _build_modidx
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
-
-PARTS = {"0": "Model", "1": "Training", "2": "Data", "3": "Negatives", "4": "Search, evaluation and jobs", "5": "Jobs", "6": "Studies", "9": "Appendix"}
-
 
 LINK = r"\[(`[^`\n]*`)\]\(([^()\s]*)\)"   # a name in backticks, as nbdev links it
 
@@ -70,12 +68,63 @@ def mend_links(staged, url):
         path.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def write_sidebar(nbs):
-    "Chapters in the part that the first digit of their number names, so that a new chapter needs no edit here."
-    contents = ["index.ipynb"]
-    for digit, title in PARTS.items():
-        if chapters := sorted(p.name for p in nbs.glob(f"{digit}[0-9]_*.ipynb")): contents.append({"section": title, "contents": chapters})
-    (nbs / "sidebar.yml").write_text(yaml.safe_dump({"website": {"sidebar": {"contents": contents}}}, sort_keys=False))
+def reading_order(nbs):
+    "The parts of the book and their pages, as `sidebar.yml` lists them: {part: [file]}."
+    sidebar = yaml.safe_load((nbs / "sidebar.yml").read_text(encoding="utf-8"))
+    return {part["section"]: part["contents"] for part in sidebar["website"]["sidebar"]["contents"]}
+
+
+def out_of_order(nbs):
+    """Sentences about what does not follow the order of reading: a notebook that is not in it, a chapter whose last
+    section does not lead to the next one, a chapter that the table on the first page leaves out."""
+    order = [page for pages in reading_order(nbs).values() for page in pages]
+    there = sorted(p.name for p in nbs.glob("*.ipynb"))
+    bad = [f"{name} is not in sidebar.yml" for name in there if order.count(name) != 1]
+    bad += [f"sidebar.yml lists {name}, which is not there" for name in order if name.endswith(".ipynb") and name not in there]
+    prose = {name: ["".join(c["source"]) for c in json.loads((nbs / name).read_text(encoding="utf-8"))["cells"]
+                    if c["cell_type"] == "markdown"] for name in there}
+    chapters = [name for name in order if name in prose and name != "index.ipynb"]
+    first_page = "\n".join(prose.get("index.ipynb", ()))
+    bad += [f"the first page does not lead to {name}" for name in chapters if f"]({name})" not in first_page]
+    for name, following in zip(chapters, [*chapters[1:], None]):
+        last = prose[name][-1]
+        links = re.findall(r"\]\((\d\d_\w+\.ipynb)\)", last)
+        if not last.startswith("## What to read next"): bad.append(f"{name} does not end with what to read next")
+        elif following and links[:1] != [following]: bad.append(f"{name} leads to {links[:1]} first, and {following} comes next")
+    return bad
+
+
+def first_sentence(node):
+    "The first line of a docstring, or nothing."
+    return (ast.get_docstring(node) or "").split("\n")[0]
+
+
+def public_names(module):
+    "(name, first line of its docstring) of the functions and classes in a module's `__all__`, in their order on the page."
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    listed = next((ast.literal_eval(n.value) for n in tree.body
+                   if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"), [])
+    return [(n.name, first_sentence(n)) for n in tree.body
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in listed]
+
+
+def api_page(nbs, package):
+    "The Markdown of the page of public names: those of `import bgem3_nb` first, then every module in the order of reading."
+    init = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
+    front = next(ast.literal_eval(n.value) for n in init.body
+                 if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "_PUBLIC")
+    modules = {m: dict(public_names(package / f"{m}.py")) for m in sorted(p.stem for p in package.glob("[a-z]*.py"))}
+    order = [re.sub(r"^\d\d_|\.\w+$", "", page) for pages in reading_order(nbs).values() for page in pages]
+    notebook = {page_name(p): p.name for p in nbs.glob("[0-9]*.ipynb")}
+    row = lambda name, module, says: f"| [`{name}`]({notebook[module]}#{name.lower()}) | {says.replace('|', chr(92) + '|')} |"
+    out = ["# Public names", "", "> What can be imported, and where it is explained.", "",
+           "## `from bgem3_nb import …`", "", "| name | |", "|---|---|"]
+    out += [row(name, module, modules[module].get(name, "")) for name, module in front.items()]
+    for module in order:
+        if not modules.get(module): continue
+        out += ["", f"## `bgem3_nb.{module}`", "", "| name | |", "|---|---|"]
+        out += [row(name, module, says) for name, says in modules[module].items()]
+    return "\n".join(out) + "\n"
 
 
 def smalldocs(staged, site):
@@ -153,8 +202,9 @@ def main():
     if same := same_pages(notebooks): sys.exit("\n".join(same))
     refresh_quarto_yml()
     _build_modidx()
-    write_sidebar(cfg.nbs_path)
+    if bad := out_of_order(cfg.nbs_path): sys.exit("\n".join(bad))
     staged = Path(proc_nbs(cfg.nbs_path, n_workers=2, force=True))
+    (staged / "api.md").write_text(api_page(cfg.nbs_path, cfg.lib_path), encoding="utf-8")
     url = f"{cfg.doc_host}{cfg.doc_baseurl}"
     mend_links(staged, url)
     if shutil.which("quarto"):
