@@ -1,4 +1,5 @@
-"""Measure the house rules of the notebooks: how much of the package's code a reader sees, how wide and how long cells are.
+"""Measure the house rules of the notebooks: how much of the package's code a reader sees, how wide and how long
+cells are.
 
     python tools/house.py            a line for each chapter and one for all
     python tools/house.py --check    only what breaks a rule, each with its place; exit 1 if there is any
@@ -79,7 +80,8 @@ def semicolons(source):
     "How many statements are joined; a `;` at the end of a line only keeps its value from being shown."
     tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     ends = (tokenize.NEWLINE, tokenize.COMMENT, tokenize.ENDMARKER)
-    return sum(t.string == ";" and t.type == tokenize.OP and after.type not in ends for t, after in zip(tokens, tokens[1:]))
+    return sum(t.string == ";" and t.type == tokenize.OP and after.type not in ends
+               for t, after in zip(tokens, tokens[1:]))
 
 
 def figures(path):
