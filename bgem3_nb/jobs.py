@@ -272,7 +272,8 @@ def _fit_one_of(value, types, type_, path):
 RENAMED = {   # names that parameters had before -> the names they have
     "n": "num_negatives", "low": "min_score", "high": "max_score", "margin": "absolute_margin",
     "ratio": "relative_margin", "order": "sampling_strategy", "length": "passage_length",
-    "max_length": "search_length"}
+    "max_length": "search_length", "queries": "test_queries", "by": "search_by",
+    "pool": "candidates", "labels": "labels_file"}
 
 
 def _closest(word, words):
