@@ -87,7 +87,8 @@ def test_every_parameter_is_described():
 def test_lengths_have_one_set_of_names():
     names = {name for name in own_params() if "length" in name}
     assert names <= {"query_length", "passage_length", "search_length"}
-    assert not RENAMED.keys() & own_params().keys()
+    assert RENAMED.keys() & own_params().keys() == {"by", "labels"}   # which mean something else in `prepare`
+    assert {job for old in ("by", "labels") for job, _ in own_params()[old]} == {"prepare"}
 
 
 @pytest.mark.parametrize("job, old, new", [
