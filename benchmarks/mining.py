@@ -49,13 +49,15 @@ def inputs(queries, passages, d):
 def ours(q, p, positive, queries, passages, k):
     from bgem3_nb.encoding import Embeddings
     from bgem3_nb.exact_search import scores_of, top_dense
-    from bgem3_nb.mining import corpus_set, draw, known_positives, mined_rows, take
+    from bgem3_nb.mining import corpus_set, known_positives, mined_rows, sample_pairs, take_negatives
     from bgem3_nb.rows import make_rows
     qe, pe, rows = Embeddings(dense=q), Embeddings(dense=p), make_rows({"query": a, "pos": passages[i]} for a, i in zip(queries, positive))
     def run():
         data = corpus_set(rows, passages); known = known_positives(data, key=None); score = lambda i, j: scores_of(qe, pe, i, j)
         found = top_dense(qe, pe, k)
-        chosen, counts = take(draw(found, known, data.queries, len(passages), score, N, f"{LOW}-{HIGH}", order="top", spare=1))
+        drawn = sample_pairs(found, known, data.queries, len(passages), score, N, f"{LOW}-{HIGH}", spare=1,
+                             sampling_strategy="top")
+        chosen, counts = take_negatives(drawn)
         mined = mined_rows(rows, data, chosen, "dense", score)
         return chosen, found, mined
     return run, lambda out: (out[0].passage.to_numpy().reshape(-1, N), out[1].passages)

@@ -24,12 +24,12 @@ from datasets import Dataset
 
 from .adapters import warm_up_lexical
 from .denoising import (
-    calibrate, containment, denoise, jaccard, minhash, ratio, Rule, same_text)
+    calibrate, containment, denoise, jaccard, minhash, Rule, same_text, score_ratio)
 from .encoding import M3Encoder
 from .evaluation import Comparison, Evaluation, evaluate_scores, fit_weights, holm, paired
 from .exact_search import scores_of, top_dense
 from .mining import (
-    draw, known_positives, mined_rows, search_deeper, search_depth, take)
+    known_positives, mined_rows, sample_pairs, search_deeper, search_depth, take_negatives)
 from .model import M3Model
 from .projection import Examples, type_report
 from .scoring import all_scores, fuse
@@ -147,7 +147,7 @@ def verdict(
 # %% ../nbs/42_experiments.ipynb #42a042fc
 RULE_MEASURES = {   # rule to its measure, made from the passages and the known positives
     "same text": same_text, "jaccard": jaccard, "containment": containment, "minhash": minhash,
-    "ratio": lambda passages, known: ratio}
+    "ratio": lambda passages, known: score_ratio}
 
 # %% ../nbs/42_experiments.ipynb #42a042fe
 @dataclass
@@ -201,11 +201,12 @@ class FoundCandidates:
         "Score pairs of a query and a passage."
         return scores_of(self.queries, self.passages, i, j)
 
-    def draw(self, n: int, mix, order: str, spare: int):
-        "Draw possible negatives from a window of ranks."
+    def sample(self, num_negatives: int, mix, sampling_strategy: str, spare: int):
+        "Sample possible negatives from a window of ranks."
         data = self.study.data
-        return draw(self.found, self.study.known, data.queries, len(data.passages), self.score,
-                    n, mix, order=order, spare=spare)
+        return sample_pairs(
+            self.found, self.study.known, data.queries, len(data.passages), self.score,
+            num_negatives, mix, sampling_strategy=sampling_strategy, spare=spare)
 
 # %% ../nbs/42_experiments.ipynb #42a04301
 def rule_limits(
@@ -214,7 +215,7 @@ def rule_limits(
 ) -> dict[str, float]:   # rule to limit
     "Set the limits on the labelled queries, or return those of the study."
     if not (study.labelled and study.hidden): return dict(study.rules)
-    sample = found.draw(20, "0-20", "top", 1).pairs
+    sample = found.sample(20, "0-20", "top", 1).pairs
     sample = sample[sample["query"] < study.labelled].reset_index(drop=True)
     right = study.is_hidden(sample)
     return {name: calibrate(measure(sample), right, lost=study.calibrate_lost)
@@ -235,10 +236,12 @@ def mine_ways(
         if "mix" not in way:
             rows[name], said[name] = study.rows.map(lambda r: {"neg": []}), {}
             continue
-        drawn = found.draw(study.num_negatives, way["mix"], way.get("sampling_strategy", "random"),
-                           20 if way.get("quota") else 3)
+        drawn = found.sample(
+            study.num_negatives, way["mix"], way.get("sampling_strategy", "random"),
+            20 if way.get("quota") else 3)
         if way.get("denoise"): denoise(drawn, rules, study.data)
-        chosen, counts = take(drawn, study.origins if way.get("quota") else None, way.get("quota"))
+        origins = study.origins if way.get("quota") else None
+        chosen, counts = take_negatives(drawn, origins, way.get("quota"))
         rows[name] = mined_rows(study.rows, study.data, chosen, "dense", found.score)
         said[name] = _negative_counts(study, drawn.pairs, chosen, counts, rows[name])
     return rows, said

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from bgem3_nb.denoising import (Rule, apply_labels, calibrate, containment, curve, denoise, existing, filtered_rows, jaccard, minhash, mode_ratio, ratio, read_review,
-                                relative, same_text, words_of, write_review)
+from bgem3_nb.denoising import (
+    Rule, apply_labels, calibrate, containment, denoise, existing_pairs, filtered_rows, jaccard, minhash, mode_ratio,
+    precision_recall_curve, read_review, relative_score, same_text, score_ratio, words_of, write_review)
 from bgem3_nb.encoding import Embeddings
-from bgem3_nb.mining import Draw, corpus_set
+from bgem3_nb.mining import SampledPairs, corpus_set
 from bgem3_nb.rows import RowError, make_rows
 from bgem3_nb.splits import RetrievalSet
 
@@ -54,8 +55,8 @@ def test_minhash_estimates_the_similarity_of_sequences():
 
 def test_ratio_keeps_the_order_where_scores_are_negative():
     s, pos = np.linspace(-3, 3, 50), np.full(50, -1.)
-    assert (np.diff(relative(s, pos)) > 0).all() and relative(np.array([-1.]), np.array([-1.]))[0] == 1
-    np.testing.assert_allclose(relative(s, np.full(50, 2.)), s / 2)
+    assert (np.diff(relative_score(s, pos)) > 0).all() and relative_score(np.array([-1.]), np.array([-1.]))[0] == 1
+    np.testing.assert_allclose(relative_score(s, np.full(50, 2.)), s / 2)
 
 
 def test_multi_vector_judge_is_the_ratio_of_maxsims():
@@ -70,7 +71,7 @@ def test_multi_vector_judge_is_the_ratio_of_maxsims():
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=2, max_size=40).filter(lambda x: len({b for _, b in x}) == 2), st.floats(0, .5))
 def test_curve_counts_what_a_rule_would_do(sample, lost):
-    values, labels = (np.array(x) for x in zip(*sample)); c = curve(values, labels)
+    values, labels = (np.array(x) for x in zip(*sample)); c = precision_recall_curve(values, labels)
     for line in c.itertuples():
         dropped = values >= line.limit
         np.testing.assert_allclose([line.precision, line.recall, line.lost], [labels[dropped].mean(), dropped[labels].mean(), dropped[~labels].mean()])
@@ -80,8 +81,8 @@ def test_curve_counts_what_a_rule_would_do(sample, lost):
 
 def test_counts_add_up_and_each_pair_has_one_reason():
     pairs = pairs_of(200).assign(score=np.linspace(0, 1, 199)); data = RetrievalSet(["q"], ["q"], [f"t {i}" for i in range(200)], [str(i) for i in range(200)], [{0}])
-    d = Draw(pairs, {"0-9": 3}, [{0}], "dense", {"top_up": "none"})
-    report = denoise(d, [Rule("high", lambda p: p.score.to_numpy(), .9), Rule("ratio", ratio, .95), Rule("odd", lambda p: p.passage.to_numpy() % 2, 1)], data)
+    d = SampledPairs(pairs, {"0-9": 3}, [{0}], "dense", {"top_up": "none"})
+    report = denoise(d, [Rule("high", lambda p: p.score.to_numpy(), .9), Rule("ratio", score_ratio, .95), Rule("odd", lambda p: p.passage.to_numpy() % 2, 1)], data)
     t = report.table.set_index("rule")
     assert t.dropped["high"] + t.dropped["ratio"] + t.dropped["odd"] == t.dropped["all"] == (pairs.reason != "").sum() and t.tested["ratio"] == t.tested["high"] - t.dropped["high"]
     assert (pairs.reason[pairs.score >= .9] == "high").all() and (pairs.reason[(pairs.score < .9) & (pairs.score >= .76)] == "ratio").all()
@@ -93,7 +94,7 @@ def test_filter_mode_computes_scores_and_keeps_the_rest():
                       {"query": "A b", "pos": "bảy", "neg": ["năm sáu"]}, {"query": "c", "pos": "d"}])
     data = corpus_set(rows); known = [data.qrels[0] | data.qrels[1], data.qrels[0] | data.qrels[1], data.qrels[2]]
     score = lambda i, j: (j / 10).astype(np.float32)
-    d = existing(rows, data, known, score); denoise(d, [Rule("same text", same_text(data.passages, known), 1)], data)
+    d = existing_pairs(rows, data, known, score); denoise(d, [Rule("same text", same_text(data.passages, known), 1)], data)
     assert d.pairs.reason.tolist() == ["same text", "", "known positive", ""]
     out = filtered_rows(rows, d, data, score)
     assert [r["neg"] for r in out] == [["năm sáu"], ["năm sáu"], []] and out[0]["neg_weights"] == [.2] and out[0]["neg_types"] == [["y"]]
@@ -102,7 +103,7 @@ def test_filter_mode_computes_scores_and_keeps_the_rest():
 
 def test_a_review_survives_a_spreadsheet(tmp_path):
     texts = ["mốc", 'có "dấu", phẩy\nvà xuống dòng', "=1+1; chấm phẩy", "قال رسول الله"]; data = RetrievalSet(["hỏi, gì?"], ["q"], texts, list("abcd"), [{0}])
-    d = Draw(pairs_of(4).assign(score=[.7, .68, .66]), {"0-9": 3}, [{0}], "dense", {"top_up": "none"})
+    d = SampledPairs(pairs_of(4).assign(score=[.7, .68, .66]), {"0-9": 3}, [{0}], "dense", {"top_up": "none"})
     assert write_review(tmp_path/"r.csv", d, data) == 3
     table = pd.read_csv(tmp_path/"r.csv", encoding="utf-8-sig", keep_default_na=False); table["label"] = ["positive", "", "Negative"]; table.to_csv(tmp_path/"r.csv", index=False)
     d.pairs["reason"] = "ratio"
@@ -116,8 +117,8 @@ def test_no_text_is_a_formula_in_a_spreadsheet(tmp_path):
     "Cells that a spreadsheet would run get an apostrophe, also where the text had one; the labels still meet their pairs."
     texts = ["=HYPERLINK(\"http://x\")", "@SUM(1)", "+1", "-1", "'=1", "'tis = fine", "1-1"]
     data = RetrievalSet(["=cmd|' /C calc'!A0"], ["q"], texts, list("abcdefg"), [{0}])
-    d = Draw(pairs_of(7).assign(score=.68), {"0-9": 6}, [{0}], "dense", {"top_up": "none"})
-    n = write_review(tmp_path/"r.csv", d, data, low=0, high=9)
+    d = SampledPairs(pairs_of(7).assign(score=.68), {"0-9": 6}, [{0}], "dense", {"top_up": "none"})
+    n = write_review(tmp_path/"r.csv", d, data, from_ratio=0, to_ratio=9)
     with open(tmp_path/"r.csv", encoding="utf-8-sig", newline="") as f: table = list(csv.DictReader(f))
     assert all(row[name][:1] not in set("=+-@\t\r") for row in table for name in ("query", "positive", "candidate"))
     assert {row["candidate"] for row in table} >= {"'@SUM(1)", "'+1", "'-1", "''=1", "'tis = fine", "1-1"}

@@ -15,8 +15,8 @@ from bgem3_nb.scoring import all_scores, fuse
 from bgem3_nb.encoding import Embeddings
 from bgem3_nb.exact_search import Candidates, scores_of, search_candidates, top_dense
 from bgem3_nb.mining import (
-    Bounds, corpus_set, draw, known_positives, mined_rows, parts_of, search_deeper, search_depth,
-    take)
+    Bounds, bm25_candidates, corpus_set, index_candidates, known_positives, mined_rows, parts_of_mix, read_run,
+    sample_pairs, search_deeper, search_depth, take_negatives)
 from bgem3_nb.rows import make_rows
 
 
@@ -78,12 +78,12 @@ import sys, numpy as np, torch
 torch.set_num_threads(int(sys.argv[1])); sys.path.insert(0, "tests")
 from test_mining import vectors
 from bgem3_nb.encoding import Embeddings
-from bgem3_nb.mining import draw, scores_of, take, top_dense
+from bgem3_nb.mining import sample_pairs, scores_of, take_negatives, top_dense
 q, p = Embeddings(dense=vectors(300, 48, 0)), Embeddings(dense=vectors(12_000, 48, 1))
 found = top_dense(q, p, 120)
-d = draw(found, [{i} for i in range(300)], [f"q{i}" for i in range(300)], 12_000, lambda i, j: scores_of(q, p, i, j), 7, {"10-50": .3, "50-100": .4, "random": .3})
+d = sample_pairs(found, [{i} for i in range(300)], [f"q{i}" for i in range(300)], 12_000, lambda i, j: scores_of(q, p, i, j), 7, {"10-50": .3, "50-100": .4, "random": .3})
 from hashlib import blake2b
-print(blake2b(found.scores.tobytes() + found.passages.tobytes() + take(d)[0].to_csv().encode()).hexdigest())
+print(blake2b(found.scores.tobytes() + found.passages.tobytes() + take_negatives(d)[0].to_csv().encode()).hexdigest())
 """
 
 
@@ -100,21 +100,21 @@ def test_nothing_known_is_drawn_and_counts_add_up(seed, n, mix, top_up):
     queries, m = 15, 300
     found = Candidates(np.sort(rng.random((queries, 210), np.float32))[:, ::-1], np.argsort(rng.random((queries, m)), axis=1)[:, :210])
     known = [set(rng.integers(0, m, rng.integers(1, 10)).tolist()) for _ in range(queries)]
-    d = draw(found, known, [f"q{i}" for i in range(queries)], m, lambda i, j: np.zeros(len(i), np.float32), n, mix, top_up=top_up, seed=seed)
+    d = sample_pairs(found, known, [f"q{i}" for i in range(queries)], m, lambda i, j: np.zeros(len(i), np.float32), n, mix, top_up=top_up, seed=seed)
     d.pairs.loc[rng.random(len(d.pairs)) < .4, "reason"] = "dropped"
-    chosen, counts = take(d)
+    chosen, counts = take_negatives(d)
     assert not any(p in known[q] for q, p in zip(d.pairs["query"], d.pairs.passage))
     assert not chosen.duplicated(["query", "passage"]).any() and (chosen.reason == "").all()
     got = chosen.groupby("query").size().reindex(range(queries), fill_value=0)
     assert (got <= n).all() and counts["chosen"] == len(chosen) == sum(counts["by part"].values()) and counts["queries with too few"] == (got < n).sum()
-    for part, w in parts_of(mix, n).items():
+    for part, w in parts_of_mix(mix, n).items():
         lo, hi = map(int, part.split("-")) if part != "random" else (0, 0)
         here = chosen[chosen.part == part]; assert len(here) <= w * queries and (here["rank"] > lo).all() | (part == "random") and (here["rank"] <= hi).all()
 
 
 def test_bounds_hold_for_every_negative():
     q, p = Embeddings(dense=vectors(40, 8, 0)), Embeddings(dense=vectors(500, 8, 1)); score = lambda i, j: scores_of(q, p, i, j)
-    d = draw(top_dense(q, p, 60), [{i} for i in range(40)], [str(i) for i in range(40)], 500, score, 5, {"0-50": .6, "random": .4}, Bounds(low=.2, high=.95, ratio=.98, margin=.01), top_up="random")
+    d = sample_pairs(top_dense(q, p, 60), [{i} for i in range(40)], [str(i) for i in range(40)], 500, score, 5, {"0-50": .6, "random": .4}, Bounds(min_score=.2, max_score=.95, relative_margin=.02, absolute_margin=.01), top_up="random")
     assert len(d.pairs) and (d.pairs.score >= .2).all() and (d.pairs.score <= .95).all()
     weakest = scores_of(q, p, d.pairs["query"].to_numpy(), d.pairs["query"].to_numpy())
     assert (d.pairs.score <= weakest - .01 + 1e-6).all() and (d.pairs.score <= weakest - .02 * np.abs(weakest) + 1e-6).all()
@@ -126,7 +126,7 @@ def test_rows_carry_fresh_scores_and_where_they_came_from():
     data = corpus_set(rows); known = known_positives(data); m = len(data.passages)
     e = Embeddings(dense=vectors(len(data), 8, 0)), Embeddings(dense=vectors(m, 8, 1)); score = lambda i, j: scores_of(*e, i, j)
     assert known[0] == known[data.queries.index("Câu  hỏi 0")] and len(known[0]) == 3          # other case and spaces: equivalent
-    chosen, _ = take(draw(top_dense(*e, m), known, data.queries, m, score, 4, "0-20"))
+    chosen, _ = take_negatives(sample_pairs(top_dense(*e, m), known, data.queries, m, score, 4, "0-20"))
     out = mined_rows(rows, data, chosen, "dense", score)
     assert len(out) == 7 and out.column_names == rows.column_names
     for row in out:
@@ -173,5 +173,37 @@ def test_one_query_with_many_positives_does_not_deepen_the_others():
     assert found.passages.shape == (4, depth) and depth == 20 + 64
     assert (found.passages[1] == best[1, 900:900 + depth]).all()                  # those behind its positives
     assert (found.passages[[0, 2, 3]] == best[[0, 2, 3], :depth]).all()
-    drawn = draw(found, known, list("abcd"), 3_000, n=7, mix="0-20")
+    drawn = sample_pairs(found, known, list("abcd"), 3_000, num_negatives=7, mix="0-20")
     assert (np.bincount(drawn.pairs["query"]) >= 7).all()
+
+
+def test_every_search_looks_behind_many_positives(tmp_path):
+    "BM25, an index and a run file: the query with 300 positives gets those behind them, the others what they had."
+    rng, n, k, many = np.random.default_rng(2), 1_000, 30, 300
+    corpus, asked = (Embeddings(rng.normal(size=(m, 8)).astype(np.float32)) for m in (n, 3))
+    texts = [" ".join(rng.choice([f"w{i}" for i in range(40)], 12)) for _ in range(n)]
+    queries = [" ".join(f"w{i}" for i in range(a, a + 8)) for a in (0, 10, 20)]
+    ids, run = [f"p{i}" for i in range(n)], tmp_path / "a.run"
+    best = np.argsort(-asked.dense @ corpus.dense.T, axis=1, kind="stable")
+    run.write_text("".join(f"q{i} Q0 p{p} {r} {-r} x\n" for i, row in enumerate(best) for r, p in enumerate(row[:700])))
+    searches = {"bm25": lambda k, known=(): bm25_candidates(queries, texts, k, progress=False, known=known),
+                "index": lambda k, known=(): index_candidates(asked, corpus, k, "Flat", known=known),
+                "run": lambda k, known=(): read_run(run, ["q0", "q1", "q2"], ids, k, known=known)}
+    for name, search in searches.items():
+        deep, plain = search(700), search(k)
+        known = [{0}, set(deep.passages[1, :many].tolist()), set(range(64))]
+        found = search(k, known)
+        assert found.passages.shape == (3, k), name
+        assert (found.passages[1] == deep.passages[1, many:many + k]).all(), name
+        assert (found.passages[[0, 2]] == plain.passages[[0, 2]]).all(), name
+        np.testing.assert_allclose(found.scores[1], deep.scores[1, many:many + k], rtol=1e-6)
+
+
+def test_old_names_are_refused_with_the_new_ones():
+    found = Candidates(np.ones((1, 5), np.float32), np.arange(5)[None])
+    for call, word in ((lambda: sample_pairs(found, [{0}], ["q"], 5, n=3), "num_negatives"),
+                       (lambda: sample_pairs(found, [{0}], ["q"], 5, order="top"), "sampling_strategy"),
+                       (lambda: Bounds(low=.1), "min_score"), (lambda: Bounds(high=.1), "max_score"),
+                       (lambda: Bounds(margin=.1), "absolute_margin"), (lambda: Bounds(ratio=.9), "relative_margin"),
+                       (lambda: search_candidates(Embeddings(), Embeddings(), pool=3), "candidates")):
+        with pytest.raises(TypeError, match=f"any more; use {word}"): call()
