@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from time import process_time
 
 import pytest
 from nbformat import write
@@ -21,6 +22,15 @@ if "sitecustomize" not in sys.modules or not hasattr(sys.modules["sitecustomize"
     sys.path.insert(0, str(OFFLINE))
     sys.modules.pop("sitecustomize", None)
     import sitecustomize  # noqa: F401
+
+
+def processor_seconds(task):
+    "The least processor time of three runs of a task: what others do on the machine hardly moves it."
+    def once():
+        start = process_time()
+        task()
+        return process_time() - start
+    return min(once() for _ in range(3))
 
 
 @pytest.fixture

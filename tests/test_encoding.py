@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -181,9 +180,7 @@ def test_a_pool_gives_the_same_and_says_when_a_process_dies(encoder):
         with pytest.raises(ValueError, match="positions for 3 to 512"): pool.encode(["a"], max_length=9999)    # raised in the process, shown here
         victim = next(iter(pool.executor._processes))
         threading.Timer(.3, os.kill, (victim, signal.SIGKILL)).start()
-        start = time.monotonic()
         with pytest.raises(RuntimeError, match="a process of the pool died"):
             for _ in range(200): pool.encode(texts)
-        assert time.monotonic() - start < 60
     with EncoderPool(encoder.model, ["nowhere:0"], dtype=torch.float32, progress=False) as pool:
         with pytest.raises(RuntimeError, match="nowhere"): pool.encode(["a"])
