@@ -1,5 +1,6 @@
 """A training run of a tiny model on real rows, started as a process of its own by `test_training.py`."""
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +54,7 @@ def whole(out):
 
 def gradients(out, cached):
     "The gradients of one step, written by the first process."
-    world = int(__import__("os").environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     run, kept = trainer(out, max_steps=1, per_device_train_batch_size=12 // world, cached=cached, chunk_tokens=200, save_strategy="no", max_grad_norm=0, symmetric=True), {}
 
     class Keep(TrainerCallback):
@@ -62,7 +63,10 @@ def gradients(out, cached):
     run.add_callback(Keep())
     run.train()
     if run.is_world_process_zero(): torch.save(kept | {"loss": torch.tensor(run.state.log_history[0]["loss"])}, Path(out) / f"gradients-{world}-{int(cached)}.pt")
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()   # its threads, at the end of a process, can abort it
+    if torch.distributed.is_initialized():     # its threads can abort a process that ends, after all is written
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def tracked(out):
