@@ -7,6 +7,7 @@ from pathlib import Path
 from time import process_time
 
 import pytest
+from hypothesis import settings
 from nbformat import write
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -16,6 +17,8 @@ LAUNCHER = [sys.executable, "-c", "import sys; from bgem3_nb.jobs import main; s
 SETTINGS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 os.environ.update(SETTINGS)
+settings.register_profile("no clock", deadline=None)     # on a busy machine an example may take any time
+settings.load_profile("no clock")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)   # started in a shell's background; children inherit it
 sys.path.insert(0, str(REPO))
 if "sitecustomize" not in sys.modules or not hasattr(sys.modules["sitecustomize"], "is_local"):  # pytest run by hand
