@@ -347,9 +347,9 @@ HARD = [".", "a", " ", ". ", "-", "a-", "1", "1.", "(", "[", "*", "_", "`", ">",
 
 @pytest.fixture(scope="module")
 def counting():
-    "Seconds in which this machine counts to twenty million: what takes quadratic time needs more."
+    "Seconds in which this machine counts to a hundred million: what takes quadratic time needs more."
     start = process_time()
-    for _ in range(20_000_000): pass
+    for _ in range(100_000_000): pass
     return process_time() - start
 
 
