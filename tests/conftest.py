@@ -14,12 +14,14 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 REPO = Path(__file__).parent.parent
 OFFLINE = REPO / "tests" / "offline"
 LAUNCHER = [sys.executable, "-c", "import sys; from bgem3_nb.jobs import main; sys.exit(main())"]
-SETTINGS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+SETTINGS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false"}
 
 os.environ.update(SETTINGS)
 settings.register_profile("no clock", deadline=None)     # on a busy machine an example may take any time
 settings.load_profile("no clock")
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)   # started in a shell's background; children inherit it
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:     # started in a shell's background; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(REPO))
 if "sitecustomize" not in sys.modules or not hasattr(sys.modules["sitecustomize"], "is_local"):  # pytest run by hand
     sys.path.insert(0, str(OFFLINE))

@@ -1,4 +1,5 @@
-"""`make release`: what it refuses, and that a release that fails changes nothing. `tools/test.py release` makes a whole one."""
+"""`make release`: what it refuses, and that a release that fails changes nothing. `tools/test.py release` makes a whole
+one."""
 import subprocess
 import sys
 from shutil import copy
@@ -13,7 +14,8 @@ VERSIONED = ("settings.ini", "CITATION.cff", "CHANGELOG.md")
 def repository(tmp_path):
     "A repository with the files that a release changes, at version 0.1.0, and a function that runs git in it."
     def git(*words):
-        done = subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *words], cwd=tmp_path, check=True, capture_output=True, text=True)
+        author = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        done = subprocess.run(["git", *author, *words], cwd=tmp_path, check=True, capture_output=True, text=True)
         return done.stdout.strip()
     (tmp_path / "tools").mkdir()
     copy(REPO / "tools" / "release.py", tmp_path / "tools")

@@ -92,6 +92,11 @@ def modules_equal_notebooks():
     if changed: raise AssertionError(f"run nbdev_export and nbdev_clean; these differ: {', '.join(changed)}")
 
 
+def house_rules():
+    "The notebooks show their code, in cells and lines of the size that CONTRIBUTING.md says."
+    call(sys.executable, "tools/house.py", "--check", quiet=True)
+
+
 def notebooks():
     "Every cell of every chapter runs and its tests hold, each chapter in a process of its own; jobs are run below."
     def test(name): return call(bin / "nbdev_test", "--path", root / "nbs" / name, "--n_workers", "0", quiet=True)
@@ -227,7 +232,7 @@ def lowest_versions():
 
 # The checks of one list run at the same time; pytest runs alone, since it has processes of its own. What asked the
 # network is looked at when everything that could ask has ended.
-WAVES = [[modules_equal_notebooks], [notebooks], [processes_and_files], [packages, jobs, release, site],
+WAVES = [[modules_equal_notebooks, house_rules], [notebooks], [processes_and_files], [packages, jobs, release, site],
          [nothing_asked_the_network]]
 ON_REQUEST = [lowest_versions]  # not part of the whole
 
