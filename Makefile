@@ -30,4 +30,4 @@ readme: .venv/.ready  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
 
 clean:  ## remove what was built; the environment and data/runs stay
-	rm -rf build dist *.egg-info _proc _docs _site nbs/sidebar.yml .pytest_cache
+	rm -rf build dist *.egg-info _proc _docs _site .pytest_cache

@@ -41,3 +41,39 @@ def test_a_page_is_checked(tmp_path, body, wrong):
     (tmp_path / "index.html").write_text("<h1>Book</h1>")
     found, _ = docs.check(tmp_path, [REPO / "nbs" / "20_rows.ipynb", REPO / "nbs" / "index.ipynb"], URL)
     assert (len(found) == 1 and wrong in found[0]) if wrong else found == [], found
+
+
+# ---- the order of reading
+
+def book(folder, chapters, sidebar):
+    "Notebooks that hold only prose, {name: its last section}, and the order they are read in."
+    (folder / "sidebar.yml").write_text(docs.yaml.safe_dump({"website": {"sidebar": {"contents": [
+        {"section": "All", "contents": sidebar}]}}}))
+    for name, last in chapters.items():
+        cells = [{"cell_type": "markdown", "source": [text]} for text in ("# Title", last)]
+        (folder / name).write_text(json.dumps({"cells": cells}))
+    return folder
+
+
+def test_chapters_follow_the_order_of_reading(tmp_path):
+    assert docs.out_of_order(REPO / "nbs") == []
+    first = "[A](20_a.ipynb), [B](10_b.ipynb)"
+    good = {"index.ipynb": first, "20_a.ipynb": "## What to read next\n\n[B](10_b.ipynb)", "10_b.ipynb": "## What to read next\n\n"}
+    order = ["index.ipynb", "20_a.ipynb", "10_b.ipynb"]
+    assert docs.out_of_order(book(tmp_path, good, order)) == []
+    assert docs.out_of_order(book(tmp_path, good, order[:2])) == ["10_b.ipynb is not in sidebar.yml"]
+    assert docs.out_of_order(book(tmp_path, good, [*order, "11_c.ipynb"])) == ["sidebar.yml lists 11_c.ipynb, which is not there"]
+    assert docs.out_of_order(book(tmp_path, good | {"index.ipynb": "[A](20_a.ipynb)"}, order)) == [
+        "the first page does not lead to 10_b.ipynb"]
+    elsewhere = good | {"20_a.ipynb": "## What to read next\n\n[A](20_a.ipynb)", "10_b.ipynb": "The end."}
+    assert docs.out_of_order(book(tmp_path, elsewhere, order)) == [
+        "20_a.ipynb leads to ['20_a.ipynb'] first, and 10_b.ipynb comes next", "10_b.ipynb does not end with what to read next"]
+
+
+def test_the_page_of_public_names():
+    page = docs.api_page(REPO / "nbs", REPO / "bgem3_nb")
+    front, *modules = page.split("\n## ")[1:]
+    import bgem3_nb
+    assert [name for name in bgem3_nb.__all__ if not name.startswith("__") and f"| [`{name}`](" not in front] == []
+    assert [m.split("`")[1] for m in modules][:3] == ["bgem3_nb.backbone", "bgem3_nb.model", "bgem3_nb.encoding"]
+    assert "[`replacing`](90_files.ipynb#replacing)" in modules[-2]

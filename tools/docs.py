@@ -1,7 +1,9 @@
-"""Build the site: Quarto's, in _docs, where `quarto` is on the PATH, and otherwise a smoke build of the same pages and the
-same configuration with smalldocs, in _site. No notebook is executed but for its imports and exported cells, which nbdev runs
-to describe functions. The build fails when two notebooks would become the same page, when a chapter has no page, or when a
-page shows an error, a formula that is not one, Markdown that was not read as such, or a link or picture that leads nowhere."""
+"""Build the site: Quarto's, in _docs, where `quarto` is on the PATH, and otherwise a smoke build of the same pages
+and the same configuration with smalldocs, in _site. No notebook is executed but for its imports and exported cells,
+which nbdev runs to describe functions. The build fails when two notebooks would become the same page, when a chapter
+has no page, or when a page shows an error, a formula that is not one, Markdown that was not read as such, or a link
+or picture that leads nowhere."""
+import ast
 import json
 import re
 import shutil
@@ -18,9 +20,6 @@ from nbdev.doclinks import _build_modidx
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 
-PARTS = {"0": "Model", "1": "Training", "2": "Data", "3": "Negatives", "4": "Search, evaluation and jobs", "5": "Jobs", "6": "Studies", "9": "Appendix"}
-
-
 LINK = r"\[(`[^`\n]*`)\]\(([^()\s]*)\)"   # a name in backticks, as nbdev links it
 
 
@@ -33,7 +32,8 @@ def same_pages(notebooks):
     "Sentences that name the notebooks that would become one page; Quarto fails on them only after all other pages."
     by_page = {}
     for nb in notebooks: by_page.setdefault(page_name(nb), []).append(Path(nb).name)
-    return [f"{' and '.join(names)} would both become {page}.html; rename one" for page, names in by_page.items() if len(names) > 1]
+    return [f"{' and '.join(names)} would both become {page}.html; rename one" for page, names in by_page.items()
+            if len(names) > 1]
 
 
 def without_extra_links(markdown, leads_nowhere=lambda url: False):
@@ -70,12 +70,69 @@ def mend_links(staged, url):
         path.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
-def write_sidebar(nbs):
-    "Chapters in the part that the first digit of their number names, so that a new chapter needs no edit here."
-    contents = ["index.ipynb"]
-    for digit, title in PARTS.items():
-        if chapters := sorted(p.name for p in nbs.glob(f"{digit}[0-9]_*.ipynb")): contents.append({"section": title, "contents": chapters})
-    (nbs / "sidebar.yml").write_text(yaml.safe_dump({"website": {"sidebar": {"contents": contents}}}, sort_keys=False))
+def reading_order(nbs):
+    "The parts of the book and their pages, as `sidebar.yml` lists them: {part: [file]}."
+    sidebar = yaml.safe_load((nbs / "sidebar.yml").read_text(encoding="utf-8"))
+    return {part["section"]: part["contents"] for part in sidebar["website"]["sidebar"]["contents"]}
+
+
+def out_of_order(nbs):
+    """Sentences about what does not follow the order of reading: a notebook that is not in it, a chapter whose last
+    section does not lead to the next one, a chapter that the table on the first page leaves out."""
+    order = [page for pages in reading_order(nbs).values() for page in pages]
+    there = sorted(p.name for p in nbs.glob("*.ipynb"))
+    bad = [f"{name} is not in sidebar.yml" for name in there if order.count(name) != 1]
+    bad += [f"sidebar.yml lists {name}, which is not there" for name in order
+            if name.endswith(".ipynb") and name not in there]
+    prose = {name: ["".join(c["source"]) for c in json.loads((nbs / name).read_text(encoding="utf-8"))["cells"]
+                    if c["cell_type"] == "markdown"] for name in there}
+    chapters = [name for name in order if name in prose and name != "index.ipynb"]
+    first_page = "\n".join(prose.get("index.ipynb", ()))
+    bad += [f"the first page does not lead to {name}" for name in chapters if f"]({name})" not in first_page]
+    for name, following in zip(chapters, [*chapters[1:], None]):
+        last = prose[name][-1]
+        links = re.findall(r"\]\((\d\d_\w+\.ipynb)\)", last)
+        if not last.startswith("## What to read next"): bad.append(f"{name} does not end with what to read next")
+        elif following and links[:1] != [following]: bad.append(f"{name} leads to {links[:1]} first, and {following} "
+                                                                f"comes next")
+    return bad
+
+
+def first_sentence(node):
+    "The first line of a docstring, or nothing."
+    return (ast.get_docstring(node) or "").split("\n")[0]
+
+
+def public_names(module):
+    """(name, first line of its docstring) of the functions and classes in a module's `__all__`, in their order on
+    the page."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    listed = next((ast.literal_eval(n.value) for n in tree.body
+                   if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"), [])
+    return [(n.name, first_sentence(n)) for n in tree.body
+            if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in listed]
+
+
+def api_page(nbs, package):
+    """The Markdown of the page of public names: those of `import bgem3_nb` first, then every module in the order of
+    reading."""
+    init = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
+    front = next(ast.literal_eval(n.value) for n in init.body
+                 if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "_PUBLIC")
+    modules = {m: dict(public_names(package / f"{m}.py")) for m in sorted(p.stem for p in package.glob("[a-z]*.py"))}
+    order = [re.sub(r"^\d\d_|\.\w+$", "", page) for pages in reading_order(nbs).values() for page in pages]
+    notebook = {page_name(p): p.name for p in nbs.glob("[0-9]*.ipynb")}
+    def row(name, module, says):
+        escaped = says.replace("|", chr(92) + "|")
+        return f"| [`{name}`]({notebook[module]}#{name.lower()}) | {escaped} |"
+    out = ["# Public names", "", "> What can be imported, and where it is explained.", "",
+           "## `from bgem3_nb import …`", "", "| name | |", "|---|---|"]
+    out += [row(name, module, modules[module].get(name, "")) for name, module in front.items()]
+    for module in order:
+        if not modules.get(module): continue
+        out += ["", f"## `bgem3_nb.{module}`", "", "| name | |", "|---|---|"]
+        out += [row(name, module, says) for name, says in modules[module].items()]
+    return "\n".join(out) + "\n"
 
 
 def smalldocs(staged, site):
@@ -91,13 +148,15 @@ def smalldocs(staged, site):
         try: return convert(unescape(m[2]), display="block" if m[1] == "display" else "inline")
         except Exception as e: bad.append(f"{page.name}: not a formula: {unescape(m[2])} ({type(e).__name__})")
     for page in site.glob("*.html"):
-        text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', formula, page.read_text(encoding="utf-8"), flags=re.S)
+        text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', formula,
+                      page.read_text(encoding="utf-8"), flags=re.S)
         page.write_text(re.sub(r"<(?:link|script)[^>]*katex[^>]*>(?:</script>)?", "", text), encoding="utf-8")
     return bad + [w for w in project.warnings if "broken link" in w]
 
 
 class Page(HTMLParser):
-    "What is checked of a page: its ids, its links and pictures, its headings and formulas, and the links that are shown as Markdown."
+    """What is checked of a page: its ids, its links and pictures, its headings and formulas, and the links that are
+    shown as Markdown."""
     def __init__(self, file):
         super().__init__()
         self.file, self.ids, self.refs, self.titles, self.formulas = file, set(), [], 0, 0
@@ -138,11 +197,14 @@ def check(site, notebooks, url):
             path, _, anchor = ref.removeprefix(url + "/").partition("#")
             if not own and re.match(r"\w+:|//", ref) or ref == "#": continue
             local += 1
-            target = ((site if own else page.file.parent) / unquote(path.split("?")[0])).resolve() if path or own else page.file.resolve()
+            target = ((
+                site if own
+                else page.file.parent) / unquote(path.split("?")[0])).resolve() if path or own else page.file.resolve()
             if own and not target.exists(): target = named.get(page_name(path), target)
             if target.is_dir(): target = target / "index.html"
             if not target.is_file(): bad.append(f"{page.file.name}: {ref} leads nowhere")
-            elif anchor and target in pages and unquote(anchor) not in pages[target].ids: bad.append(f"{page.file.name}: {ref}: no such heading")
+            elif anchor and target in pages and unquote(anchor) not in pages[target].ids: bad.append(
+                f"{page.file.name}: {ref}: no such heading")
     formulas = sum(p.formulas for p in pages.values())
     return bad, f"{len(pages)} pages, {formulas} formulas, {local} local links and pictures"
 
@@ -153,8 +215,9 @@ def main():
     if same := same_pages(notebooks): sys.exit("\n".join(same))
     refresh_quarto_yml()
     _build_modidx()
-    write_sidebar(cfg.nbs_path)
+    if bad := out_of_order(cfg.nbs_path): sys.exit("\n".join(bad))
     staged = Path(proc_nbs(cfg.nbs_path, n_workers=2, force=True))
+    (staged / "api.md").write_text(api_page(cfg.nbs_path, cfg.lib_path), encoding="utf-8")
     url = f"{cfg.doc_host}{cfg.doc_baseurl}"
     mend_links(staged, url)
     if shutil.which("quarto"):
