@@ -27,7 +27,7 @@ def distill_loss(
     teacher: torch.Tensor,   # (b, m) logits; detached here
     rows: torch.Tensor | None = None,   # (b,) how much each row counts in the mean
 ) -> torch.Tensor:           # scalar, nats
-    "Cross entropy of the student's distribution under the teacher's."
+    "Compute the cross entropy of the student's distribution under the teacher's."
     losses = -(teacher.detach().softmax(-1) * student.log_softmax(-1)).sum(-1)
     return mean_rows(losses, rows)
 
@@ -45,7 +45,7 @@ def teacher_logits(
 
 # %% ../nbs/11_distillation.ipynb #48247aa6
 def _mode_views(scores):
-    "The score matrices of each mode: those of its whole width and of the smaller ones."
+    "Collect the score matrices of each mode, of its whole width and of smaller ones."
     modes = [m for m in scores if m in LOSS_WEIGHTS]
     return {m: [s for name, s in scores.items() if name.split("@")[0] == m] for m in modes}
 

@@ -148,7 +148,7 @@ def info_nce(
     symmetric: bool = False,   # the mean of query → passage and passage → query
     rows: torch.Tensor | None = None,     # (b,) how much each row counts in the mean; None: equally
 ) -> torch.Tensor:           # scalar, nats
-    "Cross entropy of the positive among all passages (paper, equation 1)."
+    "Compute the cross entropy of the positive among all passages (paper, equation 1)."
     logits = weighted_logits(scores, target, temperature, weights)
     losses = F.cross_entropy(logits, target, reduction="none")
     if symmetric:
@@ -165,7 +165,7 @@ def teacher_loss(
     temperature: float = .02,         # of the student
     teacher_temperature: float = 1.,  # of the teacher: the larger, the softer its judgement
 ) -> torch.Tensor:           # scalar, nats; 0 where no row has two judged passages
-    "Cross entropy between the teacher's and the student's distribution over judged passages."
+    "Compute the cross entropy of teacher and student over the judged passages."
     judged = ~teacher.isnan()
     soft = torch.where(judged, teacher.nan_to_num() / teacher_temperature, REMOVED).softmax(-1)
     student = torch.where(judged, scores.float() / temperature, REMOVED).log_softmax(-1)
@@ -178,7 +178,7 @@ def margin_loss(
     temperature: float = .02,         # of the student
     teacher_temperature: float = 1.,  # of the teacher
 ) -> torch.Tensor:           # scalar; 0 where nothing was judged
-    "Squared difference of the margins between the positive and each judged negative."
+    "Compute the squared difference of margins between the positive and judged negatives."
     def margin(x, temperature): return (x.gather(1, target[:, None]) - x) / temperature
     ours, theirs = margin(scores.float(), temperature), margin(teacher, teacher_temperature)
     judged = (~theirs.isnan()).scatter(1, target[:, None], False)

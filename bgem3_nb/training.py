@@ -101,7 +101,7 @@ class M3TrainingArguments(TrainingArguments):
 
 # %% ../nbs/14_training.ipynb #58b048e8
 def _random_state():
-    "The states of the random generators of the CPU and, if there is one, of the GPU."
+    "Read the random generators of the CPU and, if there is one, of the GPU."
     gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     return torch.get_rng_state(), gpu
 
@@ -415,7 +415,7 @@ def _dropout_rates(
 @patch
 @contextmanager
 def quick_layers(self: M3Trainer):
-    "Within it, dropout is as asked for, and attention on a CPU is plain."
+    "Set dropout as asked for and, on a CPU, plain attention; at the end put both back."
     encoder, longest = self.model.encoder, max(self.args.passage_length, self.args.search_length)
     usual, rates = encoder.config._attn_implementation, _dropout_rates(encoder)
     if self.args.device.type == "cpu" and longest <= 512: encoder.set_attn_implementation("eager")
