@@ -177,7 +177,7 @@ def test_scores_beside_sentence_transformers_columns(tmp_path):
 
 @pytest.mark.parametrize("name", [n for n in HUB if n != "rlhn"])
 def test_hub_recipes_on_data_of_their_layout(name, tmp_path):
-    recipe = formats._recipe(name, "ar", {})
+    recipe = formats._filled_recipe(name, "ar", {})
     config, columns = recipe["name"], [c for c in recipe["columns"] if not (c == "query" and name in ("mr-tydi", "miracl")) and not (c == "anchor" and name in ("msmarco", "mmarco"))]
     (tmp_path/config).mkdir()
     (tmp_path/"README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/train-*\n---\n")

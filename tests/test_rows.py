@@ -13,7 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import bgem3_nb.readers as readers
 import bgem3_nb.rows as rows_module
+import bgem3_nb.splits as splits
 from bgem3_nb.readers import read_batches, read_rows, write_rows
 from bgem3_nb.rows import Rejected, RowError, make_rows
 from bgem3_nb.splits import merge_queries, split_rows
@@ -99,7 +101,7 @@ def test_wrong_path(tmp_path):
 def test_unreadable_file(tmp_path, monkeypatch):
     path = write_rows([ROW], tmp_path/"rows.jsonl")
     def refuse(*args, **kwargs): raise PermissionError(13, "Permission denied", str(path))
-    monkeypatch.setattr(rows_module, "open", refuse, raising=False)
+    monkeypatch.setattr(readers, "open", refuse, raising=False)
     with pytest.raises(RowError, match=r"rows\.jsonl: cannot be read \(Permission denied\)"): read_rows(path)
 
 
@@ -130,7 +132,7 @@ def test_interrupted_write_leaves_the_old_file(error, tmp_path, monkeypatch):
         calls.append(1)
         if len(calls) > 2: raise error
         return real(*args, **kwargs)
-    monkeypatch.setattr(rows_module.json, "dumps", fails)
+    monkeypatch.setattr(readers.json, "dumps", fails)
     with pytest.raises(type(error)): write_rows([ROW] * 5, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -145,13 +147,17 @@ def test_killed_write_leaves_the_old_file(tmp_path):
     path = write_rows([ROW], tmp_path/"rows.jsonl")
     before = path.read_bytes()
     script = f"""
-import bgem3_nb.rows as r
-rows, real = r.make_rows([{ROW!r}] * 1000), r.json.dumps
+import json
+import time
+from bgem3_nb.readers import write_rows
+from bgem3_nb.rows import make_rows
+rows, real = make_rows([{ROW!r}] * 1000), json.dumps
 def slow(*a, **k):
-    print("writing", flush=True); __import__("time").sleep(.2)
+    print("writing", flush=True)
+    time.sleep(.2)
     return real(*a, **k)
-r.json.dumps = slow
-r.write_rows(rows, {str(path)!r})
+json.dumps = slow
+write_rows(rows, {str(path)!r})
 """
     process = subprocess.Popen([sys.executable, "-c", script], cwd=REPO, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
@@ -162,8 +168,8 @@ r.write_rows(rows, {str(path)!r})
 
 def test_nothing_is_left_on_disk_or_printed(tmp_path):
     script = f"""
-from bgem3_nb.rows import *
 from bgem3_nb.sources import load_source
+from bgem3_nb.splits import merge_queries, retrieval_set, split_rows
 rows = load_source({str(REPO/"data"/"law_mini.jsonl")!r})
 parts = split_rows(merge_queries(rows), test="Bộ luật Lao động 2019")
 rs = retrieval_set(parts["test"], corpus=parts["train"])
@@ -206,9 +212,9 @@ def test_the_check_of_a_batch_agrees_with_the_check_of_its_rows(rows, good, nfc,
     path = tmp_path/"rows.jsonl"
     path.write_text((GOOD * good) + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     quick = outcome(lambda: read_rows(path, nfc=nfc))
-    whole, rows_module._arrow_json = rows_module._arrow_json, lambda *a: None
+    whole, readers._arrow_json = readers._arrow_json, lambda *a: None
     try: assert outcome(lambda: read_rows(path, nfc=nfc)) == quick
-    finally: rows_module._arrow_json = whole
+    finally: readers._arrow_json = whole
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
@@ -232,8 +238,8 @@ def test_rows_in_are_rows_out_and_rows_rejected(name, tmp_path):
 
 
 def test_good_rows_around_bad_ones_in_every_block(tmp_path, monkeypatch):
-    blocks = rows_module._blocks
-    monkeypatch.setattr(rows_module, "_blocks", lambda path: blocks(path, 500))
+    blocks = readers._blocks
+    monkeypatch.setattr(readers, "_blocks", lambda path: blocks(path, 500))
     path = tmp_path/"rows.jsonl"
     path.write_text("".join(line(query=f"q{i}", **({"pos": [""]} if i % 97 == 5 else {}), query_id=f"{i}\u2028") for i in range(1000)), encoding="utf-8")
     with Rejected(tmp_path/"bad"/"rejected.jsonl") as rejected: rows = read_rows(path, rejected=rejected)
@@ -262,10 +268,15 @@ def test_a_stream_is_never_held(tmp_path):
 def test_merge_and_split_are_the_same_in_any_batches(monkeypatch):
     rows = make_rows({"query": f"q {i % 70}", "pos": [f"p{i}"], "neg": [f"n{i % 3}"], "domain": "ab"[i % 2]} for i in range(300))
     merged, parts = merge_queries(rows, within=None).to_list(), split_rows(rows, test="b", valid=.2)
-    monkeypatch.setattr(rows_module, "row_batches", lambda rows, columns=None, size=7, real=rows_module.row_batches: real(rows, columns, 7))
+    real, asked = rows_module.row_batches, []
+    def small(rows, columns=None, size=7):
+        asked.append(columns)
+        return real(rows, columns, 7)
+    for module in (rows_module, splits): monkeypatch.setattr(module, "row_batches", small)
     assert merge_queries(rows, within=None).to_list() == merged and len(merged) == 70
     assert [r["pos"] for r in merged][:2] == [[f"p{i}" for i in range(j, 300, 70)] for j in (0, 1)]
     again = split_rows(rows, test="b", valid=.2)
+    assert asked
     assert all(again[k].to_list() == parts[k].to_list() for k in parts)
 
 
