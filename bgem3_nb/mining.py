@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 
 from .encoding import Embeddings, M3Encoder
 from .exact_search import (
-    _best, _dense, Candidates, PASSAGES, rescore, scores_of, search_candidates, top_dense)
-from .rows import _checked, row_batches, RowError, rows_from, SCHEMA, TEXT
+    _best, _checked, _dense, Candidates, PASSAGES, rescore, scores_of, search_candidates, top_dense)
+from .rows import row_batches, RowError, rows_from, SCHEMA, TEXT
 from .scoring import named_weights
 from .splits import retrieval_set, RetrievalSet
 from .text import fold, text_key
