@@ -104,7 +104,7 @@ def sentence_transformers(use_faiss):
 
 
 def hn_mine(script):
-    "FlagEmbedding's miner: its own script where it is given, else its search (faiss's flat index, 64 queries at a time)."
+    "FlagEmbedding's miner: its own script where it is given, else its search (faiss's flat index, by 64 queries)."
     def side(q, p, positive, queries, passages, k):
         import faiss
         if not script:
@@ -244,7 +244,8 @@ def compare(args, queries, passages, rates):
 
 def scaling(args):
     "Time over queries × passages, and memory over passages."
-    sizes = [(args.queries, args.passages // f) for f in (8, 4, 2, 1)] + [(args.queries // f, args.passages) for f in (4, 2)]
+    sizes = [(args.queries, args.passages // f) for f in (8, 4, 2, 1)]
+    sizes += [(args.queries // f, args.passages) for f in (4, 2)]
     print(f"\nours, d {args.d}\n{'queries':>10}{'passages':>10}{'seconds':>10}{'ns a pair':>11}{'peak MB':>9}")
     with tempfile.TemporaryDirectory() as folder:
         for n, m in sizes:
