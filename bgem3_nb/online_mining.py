@@ -11,46 +11,56 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from .encoding import M3Encoder
-from .mining import mine
+from .exact_search import refuse_renamed
+from .mining import mine_hard_negatives
 
 # %% ../nbs/33_online_mining.ipynb #6e3aac38
+@refuse_renamed(n="num_negatives", order="sampling_strategy")
 class MineBetweenEpochs(TrainerCallback):
-    "Fresh negatives from the model in training, before every `every`-th epoch."
+    "Mine fresh negatives with the model in training, before every `every`-th epoch."
     def __init__(self,
         rows: Dataset,             # those of the trainer, in their order
         every: int = 1,            # epochs between two minings
         first: int = 1,            # the first epoch, from 0, that begins with mining
-        max_length: int = 256,     # tokens after which a passage is cut
-        **settings,                # of `mine`
+        max_length: int = 256,     # tokens after which a passage is truncated
+        **settings,                # of `mine_hard_negatives`
     ):
-        self.rows, self.every, self.first, self.max_length, self.settings, self.log = rows, every, first, max_length, settings, []
         if every < 1: raise ValueError(f"every must be at least 1, not {every}")
+        self.rows, self.every, self.first, self.max_length = rows, every, first, max_length
+        self.settings, self.log = settings, []
 
     def on_epoch_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         epoch, data = round(state.epoch or 0), train_dataloader.dataset
         if epoch < self.first or (epoch - self.first) % self.every: return
-        if len(data.rows) != len(self.rows): raise ValueError(f"the trainer has {len(data.rows)} rows and the miner {len(self.rows)}; give both the same")
+        if len(data.rows) != len(self.rows):
+            raise ValueError(f"the trainer has {len(data.rows)} rows and the miner "
+                             f"{len(self.rows)}; give both the same")
         training = model.training
-        encoder = M3Encoder(model, max_length=self.max_length, device=args.device, dtype=args.dtype, progress=False)
-        settings = {"progress": False, **self.settings}; settings["seed"] = settings.get("seed", args.seed) + epoch
-        data.rows, counts = mine(encoder, self.rows, **settings)
+        encoder = M3Encoder(model, max_length=self.max_length, device=args.device, dtype=args.dtype,
+                            progress=False)
+        settings = {"progress": False, **self.settings}
+        settings["seed"] = settings.get("seed", args.seed) + epoch
+        data.rows, counts = mine_hard_negatives(encoder, self.rows, **settings)
         model.train(training)
         self.log.append({"epoch": epoch, **counts})
 
 # %% ../nbs/33_online_mining.ipynb #9e418314
+@refuse_renamed(k="num_negatives", ratio="relative_margin (1 - ratio)")
 def hardest_in_batch(
     scores: torch.Tensor,    # (b, m) similarities; no gradient flows through the choice
     target: torch.Tensor,    # (b,) column of each query's positive
-    k: int,                  # negatives that each query keeps
-    weights: torch.Tensor | None = None,   # (b, m) >= 0, 0 for known positives; None: all 1
-    ratio: float | None = None,            # a negative above this part of the positive's score is left out
+    num_negatives: int,      # negatives that each query keeps
+    weights: torch.Tensor | None = None,     # (b, m) >= 0, 0 for known positives; None: all 1
+    relative_margin: float | None = None,    # share of the positive's score to stay below it
 ) -> torch.Tensor:           # (b, m) weights for `info_nce`
-    "The weights, 0 for all but the hardest k negatives of each query. Raises ValueError where k is less than 1."
-    if k < 1: raise ValueError(f"k must be at least 1, not {k}")
-    scores = scores.detach(); positive = scores.gather(1, target[:, None])
+    "Set the weights of all but the hardest negatives to 0. Raises ValueError if none are kept."
+    if num_negatives < 1: raise ValueError(f"num_negatives must be at least 1, not {num_negatives}")
+    scores, here = scores.detach(), target[:, None]
+    positive = scores.gather(1, here)
     weights = torch.ones_like(scores) if weights is None else weights
-    free = (weights > 0).scatter(1, target[:, None], False)
-    if ratio is not None: free &= scores <= positive - (1 - ratio) * positive.abs()
-    best = scores.masked_fill(~free, -torch.inf).topk(min(k, scores.shape[1]), dim=1).indices
+    free = (weights > 0).scatter(1, here, False)
+    if relative_margin is not None: free &= scores <= positive - relative_margin * positive.abs()
+    k = min(num_negatives, scores.shape[1])
+    best = scores.masked_fill(~free, -torch.inf).topk(k, dim=1).indices
     chosen = torch.zeros_like(free).scatter(1, best, True) & free
-    return weights * (chosen.scatter(1, target[:, None], True))
+    return weights * (chosen.scatter(1, here, True))

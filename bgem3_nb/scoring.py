@@ -38,12 +38,13 @@ def check_model(
 def check_finite(
     scores: np.ndarray,   # (queries, passages)
     first: int = 0,       # number of the first passage
+    first_query: int = 0, # number of the first query
 ):
     "Raises ValueError naming a passage whose scores are NaN or infinite: NaN has no rank."
     bad = ~np.isfinite(scores)
     if not bad.any(): return
     query, passage = np.argwhere(bad)[0]
-    whose = f"query {query}" if bad[query].all() and scores.shape[1] > 1 else f"passage {first + passage}"
+    whose = f"query {first_query + query}" if bad[query].all() and scores.shape[1] > 1 else f"passage {first + passage}"
     raise ValueError(f"the scores of {whose} are not finite (NaN or infinity); "
                      "encode it again, or leave it out")
 

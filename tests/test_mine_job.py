@@ -14,7 +14,7 @@ def small(tmp_path):
     def write(*lines):
         path = tmp_path / "rows.jsonl"
         path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in (*SMALL, *lines)), encoding="utf-8")
-        words = {"source": str(path), "source_options": "{}", "parallels": "", "pilot": "0", "max_length": "48", "n": "3", "mix": "0-9", "rules": '{"same text": 1, "jaccard": 0.95}', "review": "[0.5, 2.0]", "language": "vi"}
+        words = {"source": str(path), "source_options": "{}", "parallels": "", "pilot": "0", "max_length": "48", "num_negatives": "3", "mix": "0-9", "rules": '{"same text": 1, "jaccard": 0.95}', "review": "[0.5, 2.0]", "language": "vi"}
         return lambda **more: [x for k, v in (words | more).items() for x in ("-p", k, v)] + ["--out", str(tmp_path / "run"), "--no-progress"]
     return write
 
