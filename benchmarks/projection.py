@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 from bgem3_nb.model import ProjectionHead
 from bgem3_nb.projection import (
-    CachedVectors, Examples, ProjectionArguments, ProjectionTrainer, batch, projection_loss)
+    CachedVectors, Examples, ProjectionArguments, ProjectionTrainer, batch_columns,
+    projection_loss)
 
 
 def examples(n):
@@ -83,7 +84,7 @@ class Looped(ProjectionTrainer):
         self.positive = known(self.data)
 
     def step(self, at):
-        query, columns, _ = batch(self.data, at)
+        query, columns, _ = batch_columns(self.data, at)
         loss = looped_loss(self.data, self.positive, at, self.head(self.vectors.queries(query)),
                            self.head(self.vectors.passages(columns)))
         self.optimizer.zero_grad()
@@ -122,7 +123,7 @@ def case(n, d_in, d_out, epochs, size, steps):
     vectors = CachedVectors(*(F.normalize(torch.randn(len(t), d_in, generator=gen), dim=-1)
                               for t in (data.queries, data.passages)))
     at = torch.arange(min(16, n))
-    query, columns, weights = batch(data, at)
+    query, columns, weights = batch_columns(data, at)
     q, p = head(vectors.queries(query)), head(vectors.passages(columns))
     difference = abs(projection_loss(q, p, weights).item() - looped_loss(data, known(data), at, q, p).item())
     assert difference < 1e-4, f"the two losses differ by {difference}"

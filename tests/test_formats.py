@@ -1,4 +1,4 @@
-"Every format there and back, also with awkward texts; broken files named with line and field; what is rejected adds up."
+"Every format there and back, also with awkward texts; broken files named with line and field; rejected rows add up."
 import json
 import re
 from pathlib import Path
@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import bgem3_nb.formats as formats
-from bgem3_nb.formats import (FORMATS, HUB, METHODS, WeightConfig, fill_weights, load_data, negative_weights, recognise, save_data)
+from bgem3_nb.formats import (
+    FORMATS, HUB, METHODS, WeightConfig, fill_weights, load_data, negative_weights, recognise, save_data)
 from bgem3_nb.evaluation import evaluate_scores
 from bgem3_nb.rows import Rejected, RowError, make_rows
 from bgem3_nb.splits import merge_queries, retrieval_set
@@ -31,9 +32,13 @@ def row_sets(draw):
     texts = iter(draw(st.lists(TEXTS, min_size=4 * n, max_size=4 * n, unique_by=fold)))
     rows = []
     for i, q in enumerate(queries):
-        pos, neg = [next(texts) for _ in range(draw(st.integers(1, 2)))], [next(texts) for _ in range(draw(st.integers(0, 2)))]
-        rows.append({"query": q, "pos": pos, "neg": neg, "pos_ids": [f"p{i}{j}" for j in range(len(pos))], "neg_ids": [f"n{i}{j}" for j in range(len(neg))], "query_id": f"q{i}",
-                     "neg_types": [[draw(LABEL)] for _ in neg], "neg_weights": [draw(st.floats(.5, 4)) for _ in neg], "language": draw(LABEL), "query_type": draw(LABEL), "source": draw(LABEL)})
+        pos = [next(texts) for _ in range(draw(st.integers(1, 2)))]
+        neg = [next(texts) for _ in range(draw(st.integers(0, 2)))]
+        rows.append({
+            "query": q, "pos": pos, "neg": neg, "query_id": f"q{i}",
+            "pos_ids": [f"p{i}{j}" for j in range(len(pos))], "neg_ids": [f"n{i}{j}" for j in range(len(neg))],
+            "neg_types": [[draw(LABEL)] for _ in neg], "neg_weights": [draw(st.floats(.5, 4)) for _ in neg],
+            "language": draw(LABEL), "query_type": draw(LABEL), "source": draw(LABEL)})
     return make_rows(rows)
 
 
@@ -41,7 +46,8 @@ KEPT = {  # format -> file, columns that come back as they were
     "rows": ("r.jsonl", None), "rows ": ("r.parquet", None),
     "triplets": ("t.jsonl", ("query", "pos", "neg", "language", "query_type", "source", "query_id")),
     "triplets ": ("t.csv", ("query", "pos", "neg", "language", "query_type", "source", "query_id")),
-    "triplets  ": ("t.tsv", ("query", "pos", "neg", "language")), "triplets   ": ("t.parquet", ("query", "pos", "neg", "language")),
+    "triplets  ": ("t.tsv", ("query", "pos", "neg", "language")),
+    "triplets   ": ("t.parquet", ("query", "pos", "neg", "language")),
     "sentence-transformers": ("st.parquet", ("query", "pos")),
     "instruction": ("i.jsonl", ("query", "pos", "language", "query_type", "source", "query_id")),
     "beir": ("beir", ("query", "pos", "neg", "pos_ids", "neg_ids", "query_id")),
@@ -57,7 +63,8 @@ def untabbed(value):
 
 
 @pytest.mark.parametrize("name", KEPT)
-@settings(max_examples=15, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, database=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rows=row_sets())
 def test_round_trip(name, rows, tmp_path):
     file, columns = KEPT[name]
@@ -73,6 +80,12 @@ def test_round_trip(name, rows, tmp_path):
     if not columns: assert not lost
     elif "neg_weights" not in columns and any(rows["neg"]): assert any("neg_weights" in s for s in lost)
     for part in ([path] if path.is_file() else list(path.rglob("*"))): assert not part.name.endswith(".tmp")
+
+
+def test_no_line_is_lost_between_the_chunks_of_a_parquet_file(tmp_path):
+    rows = make_rows({"query": f"q{i}", "pos": "p"} for i in range(20_003))
+    save_data(rows, tmp_path/"t.parquet", "triplets")
+    assert load_data(tmp_path/"t.parquet", "triplets").rows["query"][:] == rows["query"][:]
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -95,7 +108,8 @@ def test_a_language_is_one_code_in_every_format(tmp_path):
     lines = "".join(json.dumps(pair | {"language": x}) + "\n" for x in ("vi-VN", "vi", "VI", "vie_Latn"))
     assert language_of("a.jsonl", lines, "rows") == {"vi"}
     assert language_of("b.csv", "query,pos,language\na,b,vi-VN\nc,d,vi_vn\n", "rows") == {"vi"}
-    assert language_of("c.jsonl", json.dumps({"instruction": "a", "output": "b", "language": "vi-VN"}), "instruction") == {"vi"}
+    task = {"instruction": "a", "output": "b", "language": "vi-VN"}
+    assert language_of("c.jsonl", json.dumps(task), "instruction") == {"vi"}
     assert language_of("d.jsonl", json.dumps(pair | {"hard_neg": [], "language": "vi-VN"}), "rental") == {"vi"}
     rows = make_rows([pair | {"language": "Vietnamese"}, pair | {"language": "zh-Hant"}])
     assert rows["language"][:] == ["Vietnamese", "zh"]
@@ -119,24 +133,55 @@ def test_the_company_set_survives_a_round_trip(tmp_path):
 
 
 LINE = {"query": "q", "positive": "p"}
+HARD = LINE | {"hard_negative": "n", "negative_score": "high"}
+CORPUS, QUERIES = [{"_id": "d", "text": "t"}], [{"_id": "q", "text": "t"}]
+HEADER = "query-id\tcorpus-id\tscore\n"
 BROKEN = {  # name -> {file: content}, format, file of the error, line, field, part of the sentence
-    "pairs": ({"positive_pairs.jsonl": [LINE, {"query": "q"}]}, "company", "positive_pairs.jsonl", 2, "positive", "missing field; the record has 'query'"),
-    "score": ({"positive_pairs.jsonl": [LINE], "hard_negatives.jsonl": [LINE | {"hard_negative": "n", "negative_score": "high"}]}, "company", "hard_negatives.jsonl", 1, "negative_score", "expected a number"),
-    "chunks": ({"positive_pairs.jsonl": [LINE], "document_metadata.json": {"documents": [{"id": "a", "chunks": ["x", " "]}]}}, "company", "document_metadata.json", 1, "chunks", "chunk 2 has no text"),
-    "chunk id": ({"positive_pairs.jsonl": [LINE], "document_metadata.json": [{"id": "a", "chunks": ["p"]}], "eval_pairs.jsonl": [LINE | {"chunk_id": "b"}]}, "company", "eval_pairs.jsonl", 1, "chunk_id", "no document has the chunk 'b'"),
-    "corpus id": ({"corpus.jsonl": [{"_id": "d", "text": "t"}, {"_id": "d", "text": "u"}], "queries.jsonl": [{"_id": "q", "text": "t"}], "qrels/test.tsv": "query-id\tcorpus-id\tscore\nq\td\t1\n"}, "beir", "corpus.jsonl", 2, "_id", "has stood before"),
-    "query id": ({"corpus.jsonl": [{"_id": "d", "text": "t"}], "queries.jsonl": [{"_id": "q", "text": "t"}], "qrels/test.tsv": "query-id\tcorpus-id\tscore\nq\td\t1\nr\td\t1\n"}, "beir", "test.tsv", 3, "query-id", "queries.jsonl has no _id 'r'"),
-    "relevance": ({"corpus.jsonl": [{"_id": "d", "text": "t"}], "queries.jsonl": [{"_id": "q", "text": "t"}], "qrels/test.tsv": "query-id\tcorpus-id\tscore\nq\td\tyes\n"}, "beir", "test.tsv", 2, "score", "expected a number"),
-    "rental": ({"l.jsonl": [{"query": "q", "pos": "p", "hard_neg": []}, {"query": "q", "pos": "p", "hard_neg": [{"text": "n", "type": [7]}]}]}, "rental", "l.jsonl", 2, "hard_neg", "item 1, 'type'"),
-    "islamic": ({"i.jsonl": [LINE | {"source": "s", "language": "ar", "query_type": "t"}, LINE | {"source": "s", "language": ""}]}, "islamic", "i.jsonl", 2, "language", "the field is empty"),
-    "instruction": ({"i.jsonl": [{"instruction": "a", "input": 5, "output": "b"}]}, "instruction", "i.jsonl", 1, "input", "expected text but found int '5'"),
+    "pairs": (
+        {"positive_pairs.jsonl": [LINE, {"query": "q"}]},
+        "company", "positive_pairs.jsonl", 2, "positive", "missing field; the record has 'query'"),
+    "score": (
+        {"positive_pairs.jsonl": [LINE], "hard_negatives.jsonl": [HARD]},
+        "company", "hard_negatives.jsonl", 1, "negative_score", "expected a number"),
+    "chunks": (
+        {"positive_pairs.jsonl": [LINE],
+         "document_metadata.json": {"documents": [{"id": "a", "chunks": ["x", " "]}]}},
+        "company", "document_metadata.json", 1, "chunks", "chunk 2 has no text"),
+    "chunk id": (
+        {"positive_pairs.jsonl": [LINE], "document_metadata.json": [{"id": "a", "chunks": ["p"]}],
+         "eval_pairs.jsonl": [LINE | {"chunk_id": "b"}]},
+        "company", "eval_pairs.jsonl", 1, "chunk_id", "no document has the chunk 'b'"),
+    "corpus id": (
+        {"corpus.jsonl": [*CORPUS, {"_id": "d", "text": "u"}], "queries.jsonl": QUERIES,
+         "qrels/test.tsv": HEADER + "q\td\t1\n"},
+        "beir", "corpus.jsonl", 2, "_id", "has stood before"),
+    "query id": (
+        {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels/test.tsv": HEADER + "q\td\t1\nr\td\t1\n"},
+        "beir", "test.tsv", 3, "query-id", "queries.jsonl has no _id 'r'"),
+    "relevance": (
+        {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels/test.tsv": HEADER + "q\td\tyes\n"},
+        "beir", "test.tsv", 2, "score", "expected a number"),
+    "rental": (
+        {"l.jsonl": [{"query": "q", "pos": "p", "hard_neg": []},
+                     {"query": "q", "pos": "p", "hard_neg": [{"text": "n", "type": [7]}]}]},
+        "rental", "l.jsonl", 2, "hard_neg", "item 1, 'type'"),
+    "islamic": (
+        {"i.jsonl": [LINE | {"source": "s", "language": "ar", "query_type": "t"},
+                     LINE | {"source": "s", "language": ""}]},
+        "islamic", "i.jsonl", 2, "language", "the field is empty"),
+    "instruction": (
+        {"i.jsonl": [{"instruction": "a", "input": 5, "output": "b"}]},
+        "instruction", "i.jsonl", 1, "input", "expected text but found int '5'"),
 }
 
 
 def written(folder, files):
     for name, content in files.items():
-        path = folder/name; path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content if isinstance(content, str) else json.dumps(content) if name.endswith(".json") else "".join(json.dumps(r) + "\n" for r in content), encoding="utf-8")
+        path = folder/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".json"): content = json.dumps(content)
+        elif not isinstance(content, str): content = "".join(json.dumps(r) + "\n" for r in content)
+        path.write_text(content, encoding="utf-8")
     return folder if len(files) > 1 or "positive_pairs.jsonl" in files else folder/next(iter(files))
 
 
@@ -155,72 +200,99 @@ def test_broken_file(name, tmp_path):
 
 
 def test_recognised_by_their_first_record(tmp_path):
-    cases = {"rows": {"query": "q", "pos": ["p"]}, "triplets": {"anchor": "a", "positive": "p", "negative": "n"}, "instruction": {"instruction": "a", "output": "b"},
-             "rental": {"query": "q", "pos": "p", "hard_neg": []}, "islamic": LINE | {"source": "s", "language": "ar", "query_type": "t"}, "sentence-transformers": {"sentence1": "a", "sentence2": "b", "label": 1}}
+    cases = {"rows": {"query": "q", "pos": ["p"]},
+             "triplets": {"anchor": "a", "positive": "p", "negative": "n"},
+             "instruction": {"instruction": "a", "output": "b"},
+             "rental": {"query": "q", "pos": "p", "hard_neg": []},
+             "islamic": LINE | {"source": "s", "language": "ar", "query_type": "t"},
+             "sentence-transformers": {"sentence1": "a", "sentence2": "b", "label": 1}}
     for name, record in cases.items(): assert recognise(written(tmp_path, {f"{name}.jsonl": [record]})) == name
     assert recognise("miracl") == "hub"
     with pytest.raises(RowError, match="expected one file"): recognise(tmp_path)
 
 
 def test_a_pair_only_among_hard_negatives_is_added(tmp_path):
-    path = written(tmp_path, {"positive_pairs.jsonl": [LINE], "hard_negatives.jsonl": [{"query": "r", "positive": "s", "hard_negative": n} for n in "ab"]})
-    c = load_data(path, seed=1)
-    assert [(r["query"], r["neg"], r["neg_types"]) for r in c.rows] == [("q", [], []), ("r", ["a", "b"], [["hard"], ["hard"]])] or c.rows["neg_types"][0] == [["random"]]
+    negatives = [{"query": "r", "positive": "s", "hard_negative": n} for n in "ab"]
+    c = load_data(written(tmp_path, {"positive_pairs.jsonl": [LINE], "hard_negatives.jsonl": negatives}), seed=1)
+    found = [(r["query"], r["neg"], r["neg_types"]) for r in c.rows]
+    assert (found == [("q", [], []), ("r", ["a", "b"], [["hard"], ["hard"]])]
+            or c.rows["neg_types"][0] == [["random"]])
     assert any("1 pairs stand only in hard_negatives.jsonl" in n for n in c.notes)
 
 
 def test_scores_beside_sentence_transformers_columns(tmp_path):
-    pq.write_table(pa.table({"sentence1": ["a", "a", "b"], "sentence2": ["x", "y", "z"], "score": [.9, .1, .8]}), tmp_path/"pairs.parquet")
+    pairs = pa.table({"sentence1": ["a", "a", "b"], "sentence2": ["x", "y", "z"], "score": [.9, .1, .8]})
+    pq.write_table(pairs, tmp_path/"pairs.parquet")
     rows = load_data(tmp_path/"pairs.parquet").rows
     assert rows["pos"][:] == [["x"], ["z"]] and rows["neg"][:] == [["y"], []]
 
 
 @pytest.mark.parametrize("name", [n for n in HUB if n != "rlhn"])
 def test_hub_recipes_on_data_of_their_layout(name, tmp_path):
-    recipe = formats._recipe(name, "ar", {})
-    config, columns = recipe["name"], [c for c in recipe["columns"] if not (c == "query" and name in ("mr-tydi", "miracl")) and not (c == "anchor" and name in ("msmarco", "mmarco"))]
+    recipe = formats._filled_recipe(name, "ar", {})
+    absent = {"mr-tydi": "query", "miracl": "query", "msmarco": "anchor", "mmarco": "anchor"}.get(name)
+    config, columns = recipe["name"], [c for c in recipe["columns"] if c != absent]
     (tmp_path/config).mkdir()
-    (tmp_path/"README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/train-*\n---\n")
-    pq.write_table(pa.table({c: [f"{c} {i}" for i in range(5)] for c in columns}), tmp_path/config/"train-00000-of-00001.parquet")
+    (tmp_path/"README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: train\n"
+                                      f"    path: {config}/train-*\n---\n")
+    table = pa.table({c: [f"{c} {i}" for i in range(5)] for c in columns})
+    pq.write_table(table, tmp_path/config/"train-00000-of-00001.parquet")
     c = load_data(name, "hub", language="ar", path=str(tmp_path), max_rows=3)
-    assert len(c.rows) == 3 and c.rows[0]["language"] == recipe["labels"]["language"] and c.rows[2]["pos"] == [f"{columns[1]} 2"]
+    assert len(c.rows) == 3
+    assert c.rows[0]["language"] == recipe["labels"]["language"]
+    assert c.rows[2]["pos"] == [f"{columns[1]} 2"]
 
 
 def test_a_recipe_with_passages_as_objects(tmp_path):
     passages = lambda s, n: [{"docid": f"{s}{i}", "text": f"text {s}{i}", "title": ""} for i in range(n)]
-    pq.write_table(pa.Table.from_pylist([{"query_id": "1", "query": "a", "positive_passages": passages("p", 2), "negative_passages": passages("n", 3), "subset": "msmarco"},
-                                         {"query_id": "2", "query": "b", "positive_passages": passages("r", 1), "negative_passages": [], "subset": "nq"}]), tmp_path/"train-00000-of-00001.parquet")
+    records = [{"query_id": "1", "query": "a", "positive_passages": passages("p", 2),
+                "negative_passages": passages("n", 3), "subset": "msmarco"},
+               {"query_id": "2", "query": "b", "positive_passages": passages("r", 1),
+                "negative_passages": [], "subset": "nq"}]
+    file = tmp_path/"train-00000-of-00001.parquet"
+    pq.write_table(pa.Table.from_pylist(records), file)
     rows = load_data("rlhn", "hub", path=str(tmp_path)).rows
-    assert rows[0]["pos"] == ["text p0", "text p1"] and rows[0]["neg_ids"] == ["n0", "n1", "n2"] and rows["source"][:] == ["msmarco", "nq"] and rows[1]["neg"] == []
+    assert rows[0]["pos"] == ["text p0", "text p1"]
+    assert rows[0]["neg_ids"] == ["n0", "n1", "n2"]
+    assert rows["source"][:] == ["msmarco", "nq"]
+    assert rows[1]["neg"] == []
+    bare = {"query": ["a", "b"], "positive_passages": [passages("p", 1), []], "query_id": ["1", "2"]}
     with Rejected(tmp_path/"rejected.jsonl") as rejected:
-        pq.write_table(pa.table({"query": ["a", "b"], "positive_passages": [passages("p", 1), []], "query_id": ["1", "2"]}), tmp_path/"train-00000-of-00001.parquet")
+        pq.write_table(pa.table(bare), file)
         assert len(load_data("rlhn", "hub", rejected, path=str(tmp_path)).rows) == rejected.count == 1
 
 
 @settings(max_examples=60, deadline=None, database=None)
-@given(types=st.lists(st.lists(st.sampled_from(["a", "b", "c", "?"]), max_size=4), max_size=5), method=st.sampled_from(METHODS), ratio=st.floats(0, 1), cap=st.floats(0, 5))
+@given(types=st.lists(st.lists(st.sampled_from(["a", "b", "c", "?"]), max_size=4), max_size=5),
+       method=st.sampled_from(METHODS), ratio=st.floats(0, 1), cap=st.floats(0, 5))
 def test_weights_are_the_formula(types, method, ratio, cap):
     features = {"a": 2.5, "b": 2.0, "c": .5, "other": .75}
     def one(ts):
         w = sorted((features.get(t, .75) for t in ts), reverse=True)
         if not w: return .75
-        return {"max_incremental": min(cap, w[0] + ratio * sum(w[1:])), "capped_linear": min(cap, sum(w)), "average": sum(w) / len(w), "sum": sum(w)}[method]
-    np.testing.assert_allclose(negative_weights(types, WeightConfig(features, method, ratio, cap)), [one(t) for t in types])
+        return {"max_incremental": min(cap, w[0] + ratio * sum(w[1:])), "capped_linear": min(cap, sum(w)),
+                "average": sum(w) / len(w), "sum": sum(w)}[method]
+    found = negative_weights(types, WeightConfig(features, method, ratio, cap))
+    np.testing.assert_allclose(found, [one(t) for t in types])
 
 
 def test_weight_config_file(tmp_path):
     path = tmp_path/"weight-config.json"
     path.write_text('{"price": 2, "_metadata": {"method": "average", "increment_ratio": 0.5, "cap": 3}}')
     assert WeightConfig.load(path) == WeightConfig({"other": 1.0, "price": 2}, "average", .5, 3)
-    for text, wrong in (('{"price": 2', "not valid JSON"), ('{"price": "2"}', "weight of 'price'"), ('{"_metadata": {"method": "max"}}', "must be one of")):
+    for text, wrong in (('{"price": 2', "not valid JSON"), ('{"price": "2"}', "weight of 'price'"),
+                        ('{"_metadata": {"method": "max"}}', "must be one of")):
         path.write_text(text)
         with pytest.raises(RowError, match=wrong): WeightConfig.load(path)
-    rows, counts = fill_weights(make_rows([{"query": "q", "pos": "p", "neg": list("abcd"), "neg_weights": [0, 1, 2, 0]}]), WeightConfig())
-    assert rows["neg_weights"][:] == [[1.0, 1.0, 2.0, 1.0]] and (counts["given"], counts["filled"]) == (2, 2)
+    rows = make_rows([{"query": "q", "pos": "p", "neg": list("abcd"), "neg_weights": [0, 1, 2, 0]}])
+    rows, counts = fill_weights(rows, WeightConfig())
+    assert rows["neg_weights"][:] == [[1.0, 1.0, 2.0, 1.0]]
+    assert (counts["given"], counts["filled"]) == (2, 2)
 
 
 def test_a_list_of_formats_without_gaps():
-    assert set(FORMATS) == {"rows", "triplets", "sentence-transformers", "instruction", "beir", "company", "rental", "islamic", "hub"}
+    assert set(FORMATS) == {"rows", "triplets", "sentence-transformers", "instruction", "beir", "company", "rental",
+                            "islamic", "hub"}
     assert len(retrieval_set(load_data(REPO/"data"/"law_mini.jsonl").rows)) > 100
 
 
@@ -237,7 +309,8 @@ NLI = ["premise", "hypothesis", "label"]
 @pytest.mark.parametrize("names", [(0, 1, 2), ("entailment", "neutral", "contradiction")])
 @pytest.mark.parametrize("ending", ["tsv", "jsonl", "parquet"])
 def test_entailment_is_the_positive(names, ending, tmp_path):
-    lines = [("một người", "một sinh vật", names[0]), ("một người", "một bác sĩ", names[1]), ("một người", "một con mèo", names[2])]
+    lines = [("một người", "một sinh vật", names[0]), ("một người", "một bác sĩ", names[1]),
+             ("một người", "một con mèo", names[2])]
     path = tmp_path/f"nli.{ending}"
     if ending == "tsv": table(path, NLI, *lines)
     elif ending == "jsonl": path.write_text("".join(json.dumps(dict(zip(NLI, line))) + "\n" for line in lines))
@@ -259,7 +332,8 @@ STS = ["split", "genre", "dataset", "year", "sid", "score", "sentence1", "senten
 
 
 def test_scores_out_of_0_to_1_ask_for_a_mapping_and_other_columns_are_no_texts(tmp_path):
-    lines = [["train", "news", "MSRpar", 2012, f"{i:04}", score, "a", f"b{score}"] for i, score in enumerate((0, 1.5, 3, 4.2, 5))]
+    lines = [["train", "news", "MSRpar", 2012, f"{i:04}", score, "a", f"b{score}"]
+             for i, score in enumerate((0, 1.5, 3, 4.2, 5))]
     path = table(tmp_path/"sts.tsv", STS, *lines)
     assert recognise(path) == "sentence-transformers"
     with pytest.raises(RowError, match=r"field 'score': the labels .* give labels=\[2, 4\]"): load_data(path)
@@ -272,35 +346,41 @@ def test_scores_out_of_0_to_1_ask_for_a_mapping_and_other_columns_are_no_texts(t
 
 
 def test_duplicate_questions(tmp_path):
-    path = table(tmp_path/"quora.tsv", ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"], (0, 1, 2, "a", "b", 1), (1, 1, 3, "a", "c", 0))
+    header = ["id", "qid1", "qid2", "question1", "question2", "is_duplicate"]
+    path = table(tmp_path/"quora.tsv", header, (0, 1, 2, "a", "b", 1), (1, 1, 3, "a", "c", 0))
     c = load_data(path)
     assert [(r["query"], r["pos"], r["neg"], r["query_id"]) for r in c.rows] == [("a", ["b"], ["c"], "")]
 
 
-@pytest.mark.parametrize("header,known", [(["question", "answer", "label"], True), (["query", "passage", "relevance"], True), (["sentence_A", "sentence_B", "score"], True),
-                                          (["idx", "text_a", "text_b", "label"], True), (["anything", "else", "label"], True),
-                                          (["title", "abstract", "body", "label"], False), (["question", "context", "answer", "score"], False)])
+@pytest.mark.parametrize("header,known", [
+    (["question", "answer", "label"], True), (["query", "passage", "relevance"], True),
+    (["sentence_A", "sentence_B", "score"], True), (["idx", "text_a", "text_b", "label"], True),
+    (["anything", "else", "label"], True), (["title", "abstract", "body", "label"], False),
+    (["question", "context", "answer", "score"], False)])
 def test_texts_of_a_labelled_pair(header, known, tmp_path):
     line = [7 if n == "idx" else 1 if n == header[-1] else n for n in header]
     path = table(tmp_path/"f.tsv", header, line)
     if known: return check_pair(load_data(path).rows, *[n for n in header if n not in ("idx", header[-1])])
-    with pytest.raises(RowError, match=f"the columns are '{header[0]}'.*rename={{'{header[0]}': 'query', '{header[1]}': 'pos'}}"): load_data(path)
+    rename = f"rename={{'{header[0]}': 'query', '{header[1]}': 'pos'}}"
+    with pytest.raises(RowError, match=f"the columns are '{header[0]}'.*{rename}"): load_data(path)
     check_pair(load_data(path, rename={header[0]: "query", header[2]: "pos"}).rows, header[0], header[2])
 
 
-def check_pair(rows, query, passage): assert [(r["query"], r["pos"], r["neg"]) for r in rows] == [(query, [passage], [])]
+def check_pair(rows, query, passage):
+    assert [(r["query"], r["pos"], r["neg"]) for r in rows] == [(query, [passage], [])]
 
 
 def test_a_missing_or_unknown_label_is_rejected_and_not_a_negative(tmp_path):
-    path = table(tmp_path/"f.tsv", ["sentence1", "sentence2", "label"], ("a", "b", 1), ("a", "c", ""), ("a", "d", "x"), ("a", "e", 0))
+    lines = ("a", "b", 1), ("a", "c", ""), ("a", "d", "x"), ("a", "e", 0)
+    path = table(tmp_path/"f.tsv", ["sentence1", "sentence2", "label"], *lines)
     with Rejected(tmp_path/"rejected.jsonl") as rejected: c = load_data(path, rejected=rejected)
     assert (c.rows["pos"][:], c.rows["neg"][:], rejected.count) == ([["b"]], [["e"]], 2)
     assert [json.loads(line)["line"] for line in open(rejected.path)] == [3, 4]
 
 
 def test_a_score_beside_lists_or_negatives_is_no_label(tmp_path):
-    path = written(tmp_path, {"fe.jsonl": [{"query": "q", "pos": ["p"], "neg": [""], "score": 3.5, "category": "math"}]})
-    c = load_data(path)
+    record = {"query": "q", "pos": ["p"], "neg": [""], "score": 3.5, "category": "math"}
+    c = load_data(written(tmp_path, {"fe.jsonl": [record]}))
     assert c.rows[0]["pos"] == ["p"] and c.rows[0]["domain"] == "math" and "score" in c.notes[0]
     path = table(tmp_path/"margin.tsv", ["query", "positive", "negative", "score"], ("q", "p", "n", 7.2))
     assert recognise(path) == "triplets" and load_data(path).rows[0]["neg"] == ["n"]
@@ -310,7 +390,8 @@ def test_a_score_beside_lists_or_negatives_is_no_label(tmp_path):
 
 def beir(folder, qrels, corpus=None, file="qrels/test.tsv"):
     corpus = corpus or [{"_id": f"d{i}", "title": "", "text": f"text {i}"} for i in range(6)]
-    return written(folder/"beir", {"corpus.jsonl": corpus, "queries.jsonl": [{"_id": f"q{i}", "text": f"query {i}"} for i in range(3)], file: qrels})
+    queries = [{"_id": f"q{i}", "text": f"query {i}"} for i in range(3)]
+    return written(folder/"beir", {"corpus.jsonl": corpus, "queries.jsonl": queries, file: qrels})
 
 
 JUDGED = [("q0", "d0", 2), ("q0", "d1", 1), ("q1", "d2", 1), ("q1", "d3", 0)]
@@ -329,14 +410,18 @@ QRELS = {
 def test_judgements_in_every_layout(name, tmp_path):
     c = load_data(beir(tmp_path, QRELS[name]))
     assert [(r["query_id"], r["corpus_id"], r["score"]) for r in c.qrels] == JUDGED
-    assert [(r["query_id"], r["pos_ids"], r["neg_ids"]) for r in c.rows] == [("q0", ["d0", "d1"], []), ("q1", ["d2"], ["d3"])]
+    ids = [(r["query_id"], r["pos_ids"], r["neg_ids"]) for r in c.rows]
+    assert ids == [("q0", ["d0", "d1"], []), ("q1", ["d2"], ["d3"])]
     assert c.counts["test.tsv"] == {"in": 4, "out": 4, "rejected": 0}
 
 
 def test_a_title_alone_is_the_text(tmp_path):
-    corpus = [{"_id": "d0", "title": "Điều 7", "text": ""}, {"_id": "d1", "title": "Điều 8", "text": "Nghỉ."}, {"_id": "d2", "title": None, "text": "Làm."}, {"_id": "d3", "title": "", "text": " "}]
-    with Rejected(tmp_path/"rejected.jsonl") as rejected: c = load_data(beir(tmp_path, QRELS["BEIR"], corpus), rejected=rejected)
-    assert c.corpus["text"][:] == ["Điều 7", "Điều 8\nNghỉ.", "Làm."] and c.rows["pos"][:] == [["Điều 7", "Điều 8\nNghỉ."], ["Làm."]]
+    corpus = [{"_id": "d0", "title": "Điều 7", "text": ""}, {"_id": "d1", "title": "Điều 8", "text": "Nghỉ."},
+              {"_id": "d2", "title": None, "text": "Làm."}, {"_id": "d3", "title": "", "text": " "}]
+    with Rejected(tmp_path/"rejected.jsonl") as rejected:
+        c = load_data(beir(tmp_path, QRELS["BEIR"], corpus), rejected=rejected)
+    assert c.corpus["text"][:] == ["Điều 7", "Điều 8\nNghỉ.", "Làm."]
+    assert c.rows["pos"][:] == [["Điều 7", "Điều 8\nNghỉ."], ["Làm."]]
     assert rejected.count == 2   # the empty document and its judgement
     save_data(c, tmp_path/"again", "beir", split="test")
     again = load_data(tmp_path/"again")
@@ -347,27 +432,36 @@ def test_the_same_twice_is_one_and_a_contradiction_is_rejected(tmp_path):
     good = [{"_id": f"d{i}", "text": f"text {i}"} for i in range(4)]
     c = load_data(beir(tmp_path, QRELS["BEIR"] + "q0\td0\t2\n", [*good, good[0]]))
     assert len(c.corpus) == 4 and len(c.qrels) == 4 and c.rows["pos_ids"][0] == ["d0", "d1"]
-    assert c.counts["corpus.jsonl"] == {"in": 5, "out": 5, "rejected": 0} and sum("repeat another one" in note for note in c.notes) == 2
-    with pytest.raises(RowError, match=r"corpus\.jsonl, line 5, field '_id': the id 'd0' has stood before, with another text"):
+    assert c.counts["corpus.jsonl"] == {"in": 5, "out": 5, "rejected": 0}
+    assert sum("repeat another one" in note for note in c.notes) == 2
+    before = r"corpus\.jsonl, line 5, field '_id': the id 'd0' has stood before, with another text"
+    with pytest.raises(RowError, match=before):
         load_data(beir(tmp_path, QRELS["BEIR"], [*good, {"_id": "d0", "text": "other"}]))
-    with pytest.raises(RowError, match=r"test\.tsv, line 6, field 'score': query 'q0' and document 'd0' have been judged before"):
-        load_data(beir(tmp_path, QRELS["BEIR"] + "q0\td0\t1\n"))
-    with Rejected(tmp_path/"rejected.jsonl") as rejected: c = load_data(beir(tmp_path, QRELS["BEIR"] + "q0\td0\t1\n"), rejected=rejected)
-    assert rejected.count == 1 and len(c.qrels) == 4 and c.counts["test.tsv"] == {"in": 5, "out": 4, "rejected": 1}
+    folder = beir(tmp_path, QRELS["BEIR"] + "q0\td0\t1\n")
+    before = r"test\.tsv, line 6, field 'score': query 'q0' and document 'd0' have been judged before"
+    with pytest.raises(RowError, match=before): load_data(folder)
+    with Rejected(tmp_path/"rejected.jsonl") as rejected: c = load_data(folder, rejected=rejected)
+    assert rejected.count == 1 and len(c.qrels) == 4
+    assert c.counts["test.tsv"] == {"in": 5, "out": 4, "rejected": 1}
 
 
 def test_the_evaluation_data_of_flagembedding(tmp_path):
-    path = written(tmp_path/"fe", {"corpus.jsonl": [{"id": "d1", "title": "T", "text": "x"}, {"id": "d2", "title": "", "text": "y"}],
-                                   "test_queries.jsonl": [{"id": "q1", "text": "a"}], "test_qrels.jsonl": [{"qid": "q1", "docid": "d1", "relevance": 1}]})
+    path = written(tmp_path/"fe", {
+        "corpus.jsonl": [{"id": "d1", "title": "T", "text": "x"}, {"id": "d2", "title": "", "text": "y"}],
+        "test_queries.jsonl": [{"id": "q1", "text": "a"}],
+        "test_qrels.jsonl": [{"qid": "q1", "docid": "d1", "relevance": 1}]})
     c = load_data(path)
     assert recognise(path) == "beir" and c.rows["pos"][:] == [["T\nx"]] and len(c.corpus) == 2
 
 
 def test_graded_ndcg_is_that_of_the_raw_judgements(tmp_path):
     rng = np.random.default_rng(0)
-    judged = {(f"q{q}", f"d{d}"): int(rng.integers(0, 4)) for q in range(8) for d in rng.choice(40, 12, replace=False)}
-    folder = written(tmp_path/"beir", {"corpus.jsonl": [{"_id": f"d{i}", "text": f"text {i}"} for i in range(40)], "queries.jsonl": [{"_id": f"q{i}", "text": f"query {i}"} for i in range(8)],
-                                       "qrels/test.tsv": "".join(f"{q} 0 {d} {s}\n" for (q, d), s in judged.items())})
+    judged = {(f"q{q}", f"d{d}"): int(rng.integers(0, 4))
+              for q in range(8) for d in rng.choice(40, 12, replace=False)}
+    folder = written(tmp_path/"beir", {
+        "corpus.jsonl": [{"_id": f"d{i}", "text": f"text {i}"} for i in range(40)],
+        "queries.jsonl": [{"_id": f"q{i}", "text": f"query {i}"} for i in range(8)],
+        "qrels/test.tsv": "".join(f"{q} 0 {d} {s}\n" for (q, d), s in judged.items())})
     found = load_data(folder).retrieval_set()
     scores = rng.permutation(len(found) * 40).reshape(len(found), 40) / 7
     raw, run = {}, {}
@@ -384,20 +478,24 @@ def test_graded_ndcg_is_that_of_the_raw_judgements(tmp_path):
 
 
 def test_of_tied_grades_the_lower_counts_first():
-    assert evaluate_scores([[1., 1., 0.]], [{0: 3, 1: 1}], ("nDCG@10",)).mean("nDCG@10") == pytest.approx((1 + 3 / np.log2(3)) / (3 + 1 / np.log2(3)))
+    found = evaluate_scores([[1., 1., 0.]], [{0: 3, 1: 1}], ("nDCG@10",)).mean("nDCG@10")
+    assert found == pytest.approx((1 + 3 / np.log2(3)) / (3 + 1 / np.log2(3)))
 
 
 def test_tags_as_one_text_are_one_tag(tmp_path):
+    def tagged(tags):
+        document = {"id": "a", "tags": tags, "chunks": ["p"]}
+        path = written(tmp_path, {"positive_pairs.jsonl": [LINE], "document_metadata.json": {"documents": [document]}})
+        return load_data(path, "company")
     for tags, expected in (("nhân sự", ["nhân sự"]), (["a", 5], ["a", "5"]), (None, [])):
-        path = written(tmp_path, {"positive_pairs.jsonl": [LINE], "document_metadata.json": {"documents": [{"id": "a", "tags": tags, "chunks": ["p"]}]}})
-        assert load_data(path, "company").corpus[0]["tags"] == expected
-    path = written(tmp_path, {"positive_pairs.jsonl": [LINE], "document_metadata.json": {"documents": [{"id": "a", "tags": 5, "chunks": ["p"]}]}})
-    with pytest.raises(RowError, match="document 1, field 'tags': expected a list of tags but found int"): load_data(path, "company")
+        assert tagged(tags).corpus[0]["tags"] == expected
+    with pytest.raises(RowError, match="document 1, field 'tags': expected a list of tags but found int"): tagged(5)
 
 
-@pytest.mark.parametrize("content,text", [(b"[1]", "expected an object of features"), (b'{"_metadata": 5}', "expected an object with method"), (b"caf\xe9", "not UTF-8"),
-                                          (b"[" * 100_000, "too many brackets"), (b'{"a": 1, "a": 2}', "stands twice"), (b'{"a": ' + b"1" * 5000 + b"}", "'a' must be a number"),
-                                          (b'{"a": 1', "not valid JSON")])
+@pytest.mark.parametrize("content,text", [
+    (b"[1]", "expected an object of features"), (b'{"_metadata": 5}', "expected an object with method"),
+    (b"caf\xe9", "not UTF-8"), (b"[" * 100_000, "too many brackets"), (b'{"a": 1, "a": 2}', "stands twice"),
+    (b'{"a": ' + b"1" * 5000 + b"}", "'a' must be a number"), (b'{"a": 1', "not valid JSON")])
 def test_broken_weight_config(content, text, tmp_path):
     path = tmp_path/"weight-config.json"
     path.write_bytes(content)

@@ -32,7 +32,8 @@ def brute(q, p, k):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 5000), st.integers(1, 70), st.integers(1, 600), st.integers(0, 9), st.sampled_from([0., 1., 4.]), st.sampled_from([torch.bfloat16, torch.float32]))
+@given(st.integers(1, 40), st.integers(1, 5000), st.integers(1, 70), st.integers(1, 600), st.integers(0, 9),
+       st.sampled_from([0., 1., 4.]), st.sampled_from([torch.bfloat16, torch.float32]))
 def test_the_best_are_the_best(n, m, d, k, seed, common, dtype):
     q, p = Embeddings(dense=vectors(n, d, seed, common)), Embeddings(dense=vectors(m, d, seed + 100, common))
     found, (best, s) = top_dense(q, p, k, dtype), brute(q, p, k)
@@ -62,13 +63,18 @@ def test_a_store_gives_what_memory_gives():
         "The interface of an opened store."
         def __init__(self, e): self.e = e
         def __len__(self): return len(self.e)
-        def read(self, rows, outputs=None): return Embeddings(**{k: v for k, v in vars(self.e).items() if k in outputs or k == "offsets" and "multi" in outputs})[rows]
+        def read(self, rows, outputs=None):
+            wanted = {*outputs, *(["offsets"] if "multi" in outputs else [])}
+            return Embeddings(**{k: v for k, v in vars(self.e).items() if k in wanted})[rows]
     lengths = np.random.default_rng(0).integers(1, 5, 3000)
-    p = Embeddings(vectors(3000, 16, 0), sparse_random(3000, 40, .1, "csr", np.float32, np.random.default_rng(1)), vectors(lengths.sum(), 16, 2), np.append(0, np.cumsum(lengths)))
+    lexical = sparse_random(3000, 40, .1, "csr", np.float32, np.random.default_rng(1))
+    multi = vectors(lengths.sum(), 16, 2)
+    p = Embeddings(vectors(3000, 16, 0), lexical, multi, np.append(0, np.cumsum(lengths)))
     q = p[:25]
     for weights in ({"dense": 1.}, {"lexical": 1.}, "all"):
         a, b = (search_candidates(q, c, 30, weights, progress=False) for c in (p, Store(p)))
-        np.testing.assert_array_equal(a.passages, b.passages); np.testing.assert_array_equal(a.scores, b.scores)
+        np.testing.assert_array_equal(a.passages, b.passages)
+        np.testing.assert_array_equal(a.scores, b.scores)
     i, j = np.arange(25), np.arange(25) * 100
     np.testing.assert_array_equal(scores_of(q, p, i, j, "all"), scores_of(q, Store(p), i, j, "all"))
 
@@ -81,60 +87,93 @@ from bgem3_nb.encoding import Embeddings
 from bgem3_nb.mining import sample_pairs, scores_of, take_negatives, top_dense
 q, p = Embeddings(dense=vectors(300, 48, 0)), Embeddings(dense=vectors(12_000, 48, 1))
 found = top_dense(q, p, 120)
-d = sample_pairs(found, [{i} for i in range(300)], [f"q{i}" for i in range(300)], 12_000, lambda i, j: scores_of(q, p, i, j), 7, {"10-50": .3, "50-100": .4, "random": .3})
+texts, score = [f"q{i}" for i in range(300)], lambda i, j: scores_of(q, p, i, j)
+d = sample_pairs(found, [{i} for i in range(300)], texts, 12_000, score, 7, {"10-50": .3, "50-100": .4, "random": .3})
 from hashlib import blake2b
-print(blake2b(found.scores.tobytes() + found.passages.tobytes() + take_negatives(d)[0].to_csv().encode()).hexdigest())
+table = take_negatives(d)[0].to_csv()
+print(blake2b(found.scores.tobytes() + found.passages.tobytes() + table.encode()).hexdigest())
 """
 
 
 def test_same_negatives_in_other_processes_and_thread_counts():
-    done = [subprocess.run([sys.executable, "-c", RUN, str(threads)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ".", "PYTHONHASHSEED": str(threads)}) for threads in (1, 2)]
+    def run(threads):
+        env = os.environ | {"PYTHONPATH": ".", "PYTHONHASHSEED": str(threads)}
+        return subprocess.run([sys.executable, "-c", RUN, str(threads)], capture_output=True, text=True, env=env)
+    done = [run(threads) for threads in (1, 2)]
     assert done[0].returncode == 0, done[0].stderr
-    assert len({d.stdout for d in done}) == 1 and done[0].stdout.strip()
+    assert len({d.stdout for d in done}) == 1
+    assert done[0].stdout.strip()
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 12), st.sampled_from(["0-10", "5-30", "graded", {"0-5": .5, "random": .5}]), st.sampled_from(["spare", "random", "none"]))
+@given(st.integers(0, 1000), st.integers(1, 12), st.sampled_from(["0-10", "5-30", "graded", {"0-5": .5, "random": .5}]),
+       st.sampled_from(["spare", "random", "none"]))
 def test_nothing_known_is_drawn_and_counts_add_up(seed, n, mix, top_up):
     rng = np.random.default_rng(seed)
     queries, m = 15, 300
-    found = Candidates(np.sort(rng.random((queries, 210), np.float32))[:, ::-1], np.argsort(rng.random((queries, m)), axis=1)[:, :210])
+    scores = np.sort(rng.random((queries, 210), np.float32))[:, ::-1]
+    found = Candidates(scores, np.argsort(rng.random((queries, m)), axis=1)[:, :210])
     known = [set(rng.integers(0, m, rng.integers(1, 10)).tolist()) for _ in range(queries)]
-    d = sample_pairs(found, known, [f"q{i}" for i in range(queries)], m, lambda i, j: np.zeros(len(i), np.float32), n, mix, top_up=top_up, seed=seed)
+    score = lambda i, j: np.zeros(len(i), np.float32)
+    texts = [f"q{i}" for i in range(queries)]
+    d = sample_pairs(found, known, texts, m, score, n, mix, top_up=top_up, seed=seed)
     d.pairs.loc[rng.random(len(d.pairs)) < .4, "reason"] = "dropped"
     chosen, counts = take_negatives(d)
     assert not any(p in known[q] for q, p in zip(d.pairs["query"], d.pairs.passage))
-    assert not chosen.duplicated(["query", "passage"]).any() and (chosen.reason == "").all()
+    assert not chosen.duplicated(["query", "passage"]).any()
+    assert (chosen.reason == "").all()
     got = chosen.groupby("query").size().reindex(range(queries), fill_value=0)
-    assert (got <= n).all() and counts["chosen"] == len(chosen) == sum(counts["by part"].values()) and counts["queries with too few"] == (got < n).sum()
+    assert (got <= n).all()
+    assert counts["chosen"] == len(chosen) == sum(counts["by part"].values())
+    assert counts["queries with too few"] == (got < n).sum()
     for part, w in parts_of_mix(mix, n).items():
         lo, hi = map(int, part.split("-")) if part != "random" else (0, 0)
-        here = chosen[chosen.part == part]; assert len(here) <= w * queries and (here["rank"] > lo).all() | (part == "random") and (here["rank"] <= hi).all()
+        here = chosen[chosen.part == part]
+        assert len(here) <= w * queries
+        assert (here["rank"] > lo).all() | (part == "random")
+        assert (here["rank"] <= hi).all()
 
 
 def test_bounds_hold_for_every_negative():
-    q, p = Embeddings(dense=vectors(40, 8, 0)), Embeddings(dense=vectors(500, 8, 1)); score = lambda i, j: scores_of(q, p, i, j)
-    d = sample_pairs(top_dense(q, p, 60), [{i} for i in range(40)], [str(i) for i in range(40)], 500, score, 5, {"0-50": .6, "random": .4}, Bounds(min_score=.2, max_score=.95, relative_margin=.02, absolute_margin=.01), top_up="random")
-    assert len(d.pairs) and (d.pairs.score >= .2).all() and (d.pairs.score <= .95).all()
-    weakest = scores_of(q, p, d.pairs["query"].to_numpy(), d.pairs["query"].to_numpy())
-    assert (d.pairs.score <= weakest - .01 + 1e-6).all() and (d.pairs.score <= weakest - .02 * np.abs(weakest) + 1e-6).all()
-    np.testing.assert_allclose(d.pairs.score, score(d.pairs["query"].to_numpy(), d.pairs.passage.to_numpy()), atol=1e-6)       # none is assumed
+    q, p = Embeddings(dense=vectors(40, 8, 0)), Embeddings(dense=vectors(500, 8, 1))
+    score = lambda i, j: scores_of(q, p, i, j)
+    bounds = Bounds(min_score=.2, max_score=.95, relative_margin=.02, absolute_margin=.01)
+    known, texts = [{i} for i in range(40)], [str(i) for i in range(40)]
+    mix = {"0-50": .6, "random": .4}
+    d = sample_pairs(top_dense(q, p, 60), known, texts, 500, score, 5, mix, bounds, top_up="random")
+    assert len(d.pairs)
+    assert (d.pairs.score >= .2).all()
+    assert (d.pairs.score <= .95).all()
+    query, passage = d.pairs["query"].to_numpy(), d.pairs.passage.to_numpy()
+    weakest = scores_of(q, p, query, query)
+    assert (d.pairs.score <= weakest - .01 + 1e-6).all()
+    assert (d.pairs.score <= weakest - .02 * np.abs(weakest) + 1e-6).all()
+    np.testing.assert_allclose(d.pairs.score, score(query, passage), atol=1e-6)       # none is assumed
 
 
 def test_rows_carry_fresh_scores_and_where_they_came_from():
-    rows = make_rows([{"query": f"câu hỏi {i}", "pos": [f"đáp án {i}", f"đáp án khác {i}"], "neg": ["cũ"], "neg_scores": [7.], "query_id": f"id{i}"} for i in range(6)] + [{"query": "Câu  hỏi 0", "pos": "đáp án 0 nữa"}])
-    data = corpus_set(rows); known = known_positives(data); m = len(data.passages)
-    e = Embeddings(dense=vectors(len(data), 8, 0)), Embeddings(dense=vectors(m, 8, 1)); score = lambda i, j: scores_of(*e, i, j)
-    assert known[0] == known[data.queries.index("Câu  hỏi 0")] and len(known[0]) == 3          # other case and spaces: equivalent
+    six = [{"query": f"câu hỏi {i}", "pos": [f"đáp án {i}", f"đáp án khác {i}"], "neg": ["cũ"], "neg_scores": [7.],
+            "query_id": f"id{i}"} for i in range(6)]
+    rows = make_rows(six + [{"query": "Câu  hỏi 0", "pos": "đáp án 0 nữa"}])
+    data = corpus_set(rows)
+    known, m = known_positives(data), len(data.passages)
+    e = Embeddings(dense=vectors(len(data), 8, 0)), Embeddings(dense=vectors(m, 8, 1))
+    score = lambda i, j: scores_of(*e, i, j)
+    assert known[0] == known[data.queries.index("Câu  hỏi 0")]          # other case and spaces: equivalent
+    assert len(known[0]) == 3
     chosen, _ = take_negatives(sample_pairs(top_dense(*e, m), known, data.queries, m, score, 4, "0-20"))
     out = mined_rows(rows, data, chosen, "dense", score)
-    assert len(out) == 7 and out.column_names == rows.column_names
+    assert len(out) == 7
+    assert out.column_names == rows.column_names
     for row in out:
-        assert len(row["neg"]) == len(row["neg_scores"]) == len(row["neg_types"]) == len(row["neg_ids"]) == 4 and row["neg_weights"] == []
-        assert not set(row["neg"]) & set(row["pos"]) and all(kind[0] == "dense" and kind[2].startswith("rank ") for kind in row["neg_types"])
+        assert {len(row[name]) for name in ("neg", "neg_scores", "neg_types", "neg_ids")} == {4}
+        assert row["neg_weights"] == []
+        assert not set(row["neg"]) & set(row["pos"])
+        assert all(kind[0] == "dense" and kind[2].startswith("rank ") for kind in row["neg_types"])
         q = data.queries.index(row["query"])
-        np.testing.assert_allclose(row["neg_scores"], [float(score(np.array([q]), np.array([data.passages.index(t)]))[0]) for t in row["neg"]], atol=1e-6)
-        np.testing.assert_allclose(row["pos_scores"], [float(score(np.array([q]), np.array([data.passages.index(t)]))[0]) for t in row["pos"]], atol=1e-6)
+        for name in ("neg", "pos"):
+            places = np.array([data.passages.index(t) for t in row[name]])
+            np.testing.assert_allclose(row[f"{name}_scores"], score(np.full(len(places), q), places), atol=1e-6)
     assert json.loads(json.dumps(out[0]))
 
 
@@ -143,14 +182,18 @@ def test_scores_of_takes_only_what_the_pairs_name():
     q, p = (Embeddings(dense=rng.standard_normal((20_000, 256), np.float32)) for _ in range(2))
     i, j = rng.integers(0, 20_000, (2, 3000))
     scores_of(q, p, i, j)
-    tracemalloc.start(); scores = scores_of(q, p, i, j); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    tracemalloc.start()
+    scores = scores_of(q, p, i, j)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert np.allclose(scores, (q.dense[i] * p.dense[j]).sum(1), atol=1e-3)
     assert peak < q.dense.nbytes / 2, peak
 
 
 def test_memory_of_a_mixture_does_not_grow_with_scores_of_all_queries():
     rng = np.random.default_rng(0)
-    texts = lambda n: Embeddings(rng.normal(size=(n, 8)).astype(np.float32), sparse_random(n, 50, .1, "csr", np.float32, rng))
+    dense = lambda n: rng.normal(size=(n, 8)).astype(np.float32)
+    texts = lambda n: Embeddings(dense(n), sparse_random(n, 50, .1, "csr", np.float32, rng))
     corpus, peaks = texts(8192), {}
     for n in (1_000, 4_000):
         asked = texts(n)
@@ -185,7 +228,8 @@ def test_every_search_looks_behind_many_positives(tmp_path):
     queries = [" ".join(f"w{i}" for i in range(a, a + 8)) for a in (0, 10, 20)]
     ids, run = [f"p{i}" for i in range(n)], tmp_path / "a.run"
     best = np.argsort(-asked.dense @ corpus.dense.T, axis=1, kind="stable")
-    run.write_text("".join(f"q{i} Q0 p{p} {r} {-r} x\n" for i, row in enumerate(best) for r, p in enumerate(row[:700])))
+    lines = (f"q{i} Q0 p{p} {r} {-r} x\n" for i, row in enumerate(best) for r, p in enumerate(row[:700]))
+    run.write_text("".join(lines))
     searches = {"bm25": lambda k, known=(): bm25_candidates(queries, texts, k, progress=False, known=known),
                 "index": lambda k, known=(): index_candidates(asked, corpus, k, "Flat", known=known),
                 "run": lambda k, known=(): read_run(run, ["q0", "q1", "q2"], ids, k, known=known)}

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import bgem3_nb.readers as readers
 import bgem3_nb.rows as rows_module
+import bgem3_nb.splits as splits
 from bgem3_nb.readers import read_batches, read_rows, write_rows
 from bgem3_nb.rows import Rejected, RowError, make_rows
 from bgem3_nb.splits import merge_queries, split_rows
@@ -39,7 +41,8 @@ BAD_FILES = {  # name -> content, line, field, part of the sentence
     "object_neg.jsonl": (GOOD + line(neg={"a": 1}), 2, "neg", "expected a list but found dict"),
     "blank_neg.jsonl": (line(neg=["n", ""]), 1, "neg", "item 2: the text is empty"),
     "twice.jsonl": (GOOD + '{"query": "q", "query": "r", "pos": ["p"]}\n', 2, "", "the field 'query' stands twice"),
-    "digits.jsonl": (GOOD + '{"query": "q", "pos": ["p"], "pos_scores": [' + "1" * 5000 + "]}\n" + GOOD, 2, "pos_scores", "expected a number"),
+    "digits.jsonl": (GOOD + '{"query": "q", "pos": ["p"], "pos_scores": [' + "1" * 5000 + "]}\n" + GOOD,
+                     2, "pos_scores", "expected a number"),
     "deep.jsonl": (GOOD + "[" * 100_000 + "\n" + GOOD, 2, "", "too many brackets"),
     "numpy.jsonl": (GOOD + line(pos="['a' 'b']"), 2, "pos", "cannot be read with certainty"),
     "scores.jsonl": (line(pos_scores=[1, 2]), 1, "pos_scores", "2 values for the 1 texts of 'pos'"),
@@ -91,7 +94,8 @@ def test_bad_parquet_row(tmp_path):
 
 def test_wrong_path(tmp_path):
     write_rows([ROW], tmp_path/"train.jsonl")
-    with pytest.raises(RowError, match=r"no such file; did you mean 'train\.jsonl'\?"): read_rows(tmp_path/"trian.jsonl")
+    guess = r"no such file; did you mean 'train\.jsonl'\?"
+    with pytest.raises(RowError, match=guess): read_rows(tmp_path/"trian.jsonl")
     with pytest.raises(RowError, match="no such file; check the path"): read_rows(tmp_path/"away"/"x.jsonl")
     with pytest.raises(RowError, match="directory"): read_rows(tmp_path)
 
@@ -99,13 +103,15 @@ def test_wrong_path(tmp_path):
 def test_unreadable_file(tmp_path, monkeypatch):
     path = write_rows([ROW], tmp_path/"rows.jsonl")
     def refuse(*args, **kwargs): raise PermissionError(13, "Permission denied", str(path))
-    monkeypatch.setattr(rows_module, "open", refuse, raising=False)
+    monkeypatch.setattr(readers, "open", refuse, raising=False)
     with pytest.raises(RowError, match=r"rows\.jsonl: cannot be read \(Permission denied\)"): read_rows(path)
 
 
 def test_round_trip_of_every_column(tmp_path):
-    full = {"query": "q\u2028\n\"", "pos": ["p", "ế"], "neg": ["n"], "pos_scores": [0.1, 1e-30], "neg_scores": [1 / 3], "neg_weights": [2.0],
-            "neg_types": [["price", "area"]], "prompt": "query: ", "language": "vi", "query_type": "t", "source": "s", "domain": "d",
+    full = {"query": "q\u2028\n\"", "pos": ["p", "ế"], "neg": ["n"],
+            "pos_scores": [0.1, 1e-30], "neg_scores": [1 / 3], "neg_weights": [2.0],
+            "neg_types": [["price", "area"]], "prompt": "query: ",
+            "language": "vi", "query_type": "t", "source": "s", "domain": "d",
             "difficulty": "hard", "query_id": "1", "pos_ids": ["a", "b"], "neg_ids": ["c"]}
     path = write_rows([full, ROW], tmp_path/"new"/"rows.jsonl")
     assert read_rows(path)[0] == full
@@ -117,9 +123,11 @@ def test_sentence_transformers_and_flagembedding_columns(tmp_path):
     path.write_text("anchor,positive,negative_1,negative_2\na,b,c,d\na,b,c,\n")
     assert read_rows(path)["neg"][:] == [["c", "d"], ["c"]]
     path = tmp_path/"f.jsonl"
-    path.write_text(json.dumps({"id": 7, "query": "a", "pos": ["b"], "neg": [], "pos_scores": [1], "neg_scores": [], "prompt": None, "type": "x"}))
+    path.write_text(json.dumps({"id": 7, "query": "a", "pos": ["b"], "neg": [], "pos_scores": [1], "neg_scores": [],
+                                "prompt": None, "type": "x"}))
     row = read_rows(path)[0]
-    assert (row["query_id"], row["prompt"], row["query_type"], row["pos_scores"], row["source"]) == ("7", "", "x", [1.0], "f")
+    assert (row["query_id"], row["prompt"], row["query_type"]) == ("7", "", "x")
+    assert (row["pos_scores"], row["source"]) == ([1.0], "f")
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
@@ -130,7 +138,7 @@ def test_interrupted_write_leaves_the_old_file(error, tmp_path, monkeypatch):
         calls.append(1)
         if len(calls) > 2: raise error
         return real(*args, **kwargs)
-    monkeypatch.setattr(rows_module.json, "dumps", fails)
+    monkeypatch.setattr(readers.json, "dumps", fails)
     with pytest.raises(type(error)): write_rows([ROW] * 5, path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
@@ -145,25 +153,31 @@ def test_killed_write_leaves_the_old_file(tmp_path):
     path = write_rows([ROW], tmp_path/"rows.jsonl")
     before = path.read_bytes()
     script = f"""
-import bgem3_nb.rows as r
-rows, real = r.make_rows([{ROW!r}] * 1000), r.json.dumps
+import json
+import time
+from bgem3_nb.readers import write_rows
+from bgem3_nb.rows import make_rows
+rows, real = make_rows([{ROW!r}] * 1000), json.dumps
 def slow(*a, **k):
-    print("writing", flush=True); __import__("time").sleep(.2)
+    print("writing", flush=True)
+    time.sleep(.2)
     return real(*a, **k)
-r.json.dumps = slow
-r.write_rows(rows, {str(path)!r})
+json.dumps = slow
+write_rows(rows, {str(path)!r})
 """
     process = subprocess.Popen([sys.executable, "-c", script], cwd=REPO, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
-    process.send_signal(signal.SIGKILL); process.wait(); process.stdout.close()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
     assert path.read_bytes() == before
     assert len(read_rows(write_rows([ROW] * 2, path))) == 2
 
 
 def test_nothing_is_left_on_disk_or_printed(tmp_path):
     script = f"""
-from bgem3_nb.rows import *
 from bgem3_nb.sources import load_source
+from bgem3_nb.splits import merge_queries, retrieval_set, split_rows
 rows = load_source({str(REPO/"data"/"law_mini.jsonl")!r})
 parts = split_rows(merge_queries(rows), test="Bộ luật Lao động 2019")
 rs = retrieval_set(parts["test"], corpus=parts["train"])
@@ -171,7 +185,8 @@ assert (len(rs), len(rs.passages)) == (60, 114), (len(rs), len(rs.passages))
 """
     folders = {name: str(tmp_path/name) for name in ("HOME", "HF_HOME", "TMPDIR", "XDG_CACHE_HOME", "BGEM3_NB_CACHE")}
     for folder in folders.values(): Path(folder).mkdir()
-    done = subprocess.run([sys.executable, "-B", "-c", script], cwd=REPO, env={**os.environ, **folders}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-B", "-c", script], cwd=REPO, env={**os.environ, **folders},
+                          capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
@@ -188,14 +203,18 @@ def test_killed_extraction_leaves_no_cache(tmp_path, monkeypatch):
 
 # Batches, streams, and rows that are rejected
 
-VALUES = st.one_of(st.none(), st.text(max_size=3), st.integers(-3, 3), st.floats(allow_nan=True, allow_infinity=True), st.booleans(), st.sampled_from([" ", "\u3000", "\x1c", "2020-01-01", "é"]))
-LISTS = st.one_of(VALUES, st.lists(VALUES, max_size=3), st.lists(st.text(min_size=1, max_size=2), max_size=3), st.lists(st.lists(st.text(max_size=2), max_size=2), max_size=2))
+VALUES = st.one_of(st.none(), st.text(max_size=3), st.integers(-3, 3), st.floats(allow_nan=True, allow_infinity=True),
+                   st.booleans(), st.sampled_from([" ", "\u3000", "\x1c", "2020-01-01", "é"]))
+LISTS = st.one_of(VALUES, st.lists(VALUES, max_size=3), st.lists(st.text(min_size=1, max_size=2), max_size=3),
+                  st.lists(st.lists(st.text(max_size=2), max_size=2), max_size=2))
+LIST_COLUMNS = ("neg", "pos_scores", "neg_scores", "neg_types", "pos_ids", "language", "query_id", "negative_1")
 ROWS = st.fixed_dictionaries({"query": st.one_of(st.just("q"), VALUES), "pos": st.one_of(st.just(["p"]), LISTS)},
-                             optional={name: LISTS for name in ("neg", "pos_scores", "neg_scores", "neg_types", "pos_ids", "language", "query_id", "negative_1")})
+                             optional=dict.fromkeys(LIST_COLUMNS, LISTS))
 
 
 def outcome(read):
-    try: return [row | {"pos_scores": list(map(repr, row["pos_scores"])), "neg_scores": list(map(repr, row["neg_scores"]))} for row in read().to_list()]
+    exact = lambda row: row | {name: list(map(repr, row[name])) for name in ("pos_scores", "neg_scores")}
+    try: return [exact(row) for row in read().to_list()]
     except RowError as e: return e.line, e.field, e.what
 
 
@@ -206,9 +225,9 @@ def test_the_check_of_a_batch_agrees_with_the_check_of_its_rows(rows, good, nfc,
     path = tmp_path/"rows.jsonl"
     path.write_text((GOOD * good) + "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     quick = outcome(lambda: read_rows(path, nfc=nfc))
-    whole, rows_module._arrow_json = rows_module._arrow_json, lambda *a: None
+    whole, readers._arrow_json = readers._arrow_json, lambda *a: None
     try: assert outcome(lambda: read_rows(path, nfc=nfc)) == quick
-    finally: rows_module._arrow_json = whole
+    finally: readers._arrow_json = whole
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
@@ -219,7 +238,8 @@ def test_rows_in_are_rows_out_and_rows_rejected(name, tmp_path):
     whole_file = line is None or name in ("twice.csv", "broken.json",   # nothing can be read behind the mistake
                                           "extra.jsonl", "column.csv")  # it is one of all rows
     if whole_file:
-        with pytest.raises(RowError), Rejected(tmp_path/"rejected.jsonl") as rejected: read_rows(path, rejected=rejected)
+        with pytest.raises(RowError), Rejected(tmp_path/"rejected.jsonl") as rejected:
+            read_rows(path, rejected=rejected)
         assert [p.name for p in tmp_path.iterdir()] == [name]
         return
     with Rejected(tmp_path/"rejected.jsonl") as rejected: rows = read_rows(path, rejected=rejected)
@@ -228,17 +248,20 @@ def test_rows_in_are_rows_out_and_rows_rejected(name, tmp_path):
     if name == "multiline.csv": given = 2
     assert len(rows) + rejected.count == len(rows) + len(records) == given
     bad = records[0]
-    assert (bad["file"], bad["line"], bad["field"]) == (str(path), line, field) and text.split(": ")[-1] in bad["reason"] and bad["row"]
+    assert (bad["file"], bad["line"], bad["field"]) == (str(path), line, field)
+    assert text.split(": ")[-1] in bad["reason"] and bad["row"]
 
 
 def test_good_rows_around_bad_ones_in_every_block(tmp_path, monkeypatch):
-    blocks = rows_module._blocks
-    monkeypatch.setattr(rows_module, "_blocks", lambda path: blocks(path, 500))
+    blocks = readers._blocks
+    monkeypatch.setattr(readers, "_blocks", lambda path: blocks(path, 500))
     path = tmp_path/"rows.jsonl"
-    path.write_text("".join(line(query=f"q{i}", **({"pos": [""]} if i % 97 == 5 else {}), query_id=f"{i}\u2028") for i in range(1000)), encoding="utf-8")
+    lines = [line(query=f"q{i}", **({"pos": [""]} if i % 97 == 5 else {}), query_id=f"{i}\u2028") for i in range(1000)]
+    path.write_text("".join(lines), encoding="utf-8")
     with Rejected(tmp_path/"bad"/"rejected.jsonl") as rejected: rows = read_rows(path, rejected=rejected)
     assert rows["query"][:] == [f"q{i}" for i in range(1000) if i % 97 != 5]
-    assert [json.loads(s)["line"] for s in open(rejected.path, encoding="utf-8")] == [i + 1 for i in range(1000) if i % 97 == 5]
+    bad = [json.loads(s)["line"] for s in open(rejected.path, encoding="utf-8")]
+    assert bad == [i + 1 for i in range(1000) if i % 97 == 5]
     assert rejected.reasons == {"pos: the text is empty; fill it in, or remove the row": rejected.count}
     with pytest.raises(RowError, match="line 6, field 'pos'"): read_rows(path)
 
@@ -260,12 +283,18 @@ def test_a_stream_is_never_held(tmp_path):
 
 
 def test_merge_and_split_are_the_same_in_any_batches(monkeypatch):
-    rows = make_rows({"query": f"q {i % 70}", "pos": [f"p{i}"], "neg": [f"n{i % 3}"], "domain": "ab"[i % 2]} for i in range(300))
+    rows = make_rows({"query": f"q {i % 70}", "pos": [f"p{i}"], "neg": [f"n{i % 3}"], "domain": "ab"[i % 2]}
+                     for i in range(300))
     merged, parts = merge_queries(rows, within=None).to_list(), split_rows(rows, test="b", valid=.2)
-    monkeypatch.setattr(rows_module, "row_batches", lambda rows, columns=None, size=7, real=rows_module.row_batches: real(rows, columns, 7))
+    real, asked = rows_module.row_batches, []
+    def small(rows, columns=None, size=7):
+        asked.append(columns)
+        return real(rows, columns, 7)
+    for module in (rows_module, splits): monkeypatch.setattr(module, "row_batches", small)
     assert merge_queries(rows, within=None).to_list() == merged and len(merged) == 70
     assert [r["pos"] for r in merged][:2] == [[f"p{i}" for i in range(j, 300, 70)] for j in (0, 1)]
     again = split_rows(rows, test="b", valid=.2)
+    assert asked
     assert all(again[k].to_list() == parts[k].to_list() for k in parts)
 
 

@@ -28,10 +28,13 @@ def checkpoint(tmp_path_factory):
     t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     t.pre_tokenizer = pre_tokenizers.Whitespace()
     t.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>", unk_token="<unk>")
-    config = XLMRobertaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
-                              max_position_embeddings=66, type_vocab_size=1, bos_token_id=0, pad_token_id=1, eos_token_id=2)
-    model = M3Model(XLMRobertaModel(config, add_pooling_layer=False), tokenizer, M3Config(pooling="mean", passage_prompt="w5 "))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>", cls_token="<s>",
+                                        sep_token="</s>", pad_token="<pad>", unk_token="<unk>")
+    config = XLMRobertaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                              intermediate_size=64, max_position_embeddings=66, type_vocab_size=1,
+                              bos_token_id=0, pad_token_id=1, eos_token_id=2)
+    backbone = XLMRobertaModel(config, add_pooling_layer=False)
+    model = M3Model(backbone, tokenizer, M3Config(pooling="mean", passage_prompt="w5 "))
     init_heads(model, "random")
     model.save_pretrained(path)
     return path
@@ -43,12 +46,14 @@ def encoder(checkpoint): return M3Encoder.from_pretrained(checkpoint, max_length
 
 def run(code, env, *words, **kwargs):
     "A Python process with the words as arguments."
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, words)], env=env, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **kwargs)
 
 
 def equal(a, b):
     "Whether all arrays are the same, bit for bit."
-    return (all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in ((a.dense, b.dense), (a.multi, b.multi), (a.offsets, b.offsets)))
+    pairs = ((a.dense, b.dense), (a.multi, b.multi), (a.offsets, b.offsets))
+    return (all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in pairs)
             and (a.lexical != b.lexical).nnz == 0)
 
 
@@ -66,8 +71,10 @@ from bgem3_nb.store import encode_corpus
 def slowly():
     for i, t in enumerate(TEXTS):
         if i % SHARD == 0: print(i, flush=True)
-        time.sleep(float(sys.argv[4])); yield t
-encode_corpus(M3Encoder.from_pretrained(sys.argv[1], max_length=64, progress=False), slowly(), sys.argv[2], shard_size=SHARD, progress=False)
+        time.sleep(float(sys.argv[4]))
+        yield t
+encoder = M3Encoder.from_pretrained(sys.argv[1], max_length=64, progress=False)
+encode_corpus(encoder, slowly(), sys.argv[2], shard_size=SHARD, progress=False)
 """
 
 
@@ -85,7 +92,8 @@ def test_killed_runs_are_finished_bit_for_bit(tmp_path, checkpoint, encoder, env
     for shards in (2, 4):
         process = run(SLOW, env, checkpoint, path, here, .02)
         wait_for(lambda: len(marks(path)) >= shards, process)
-        process.send_signal(signal.SIGKILL); process.communicate()
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
         assert process.returncode == -signal.SIGKILL
         with pytest.raises(ValueError, match="not finished"): EmbeddingStore(path)
     (path / "000005.tmp").write_bytes(b"half a shard")          # as a kill inside a write leaves it
@@ -98,7 +106,8 @@ def test_killed_runs_are_finished_bit_for_bit(tmp_path, checkpoint, encoder, env
     assert not list(path.glob("*.tmp"))
     whole = encode_corpus(encoder, TEXTS, tmp_path / "whole", shard_size=SHARD, progress=False)
     assert equal(EmbeddingStore(path).embeddings(), whole.embeddings())
-    for a, b in zip(sorted(path.glob("*.safetensors")), sorted(whole.path.glob("*.safetensors"))): assert a.read_bytes() == b.read_bytes()
+    files = [sorted(folder.glob("*.safetensors")) for folder in (path, whole.path)]
+    for a, b in zip(*files): assert a.read_bytes() == b.read_bytes()
 
 
 def test_truncated_texts_are_counted_over_all_runs(tmp_path, encoder):
@@ -106,11 +115,16 @@ def test_truncated_texts_are_counted_over_all_runs(tmp_path, encoder):
     def stopped():
         yield from long[:40]
         raise KeyboardInterrupt
-    encode = lambda texts: encode_corpus(encoder, texts, tmp_path / "store", max_length=20, shard_size=SHARD, progress=False)
+    settings = {"shard_size": SHARD, "progress": False}
+    encode = lambda texts: encode_corpus(encoder, texts, tmp_path / "store", max_length=20, **settings)
     with pytest.raises(KeyboardInterrupt): encode(stopped())
-    with pytest.warns(UserWarning, match="10 of 100 texts are longer than 20 tokens") as said: store = encode(pd.Series(long))
-    assert len(said) == 1 and store.info["truncated"] == 10 == json.loads((tmp_path / "store" / "store.json").read_text())["truncated"]
-    with pytest.warns(UserWarning, match="10 of 100 texts"): assert encode(iter(long)).info == store.info        # complete: said again
+    with pytest.warns(UserWarning, match="10 of 100 texts are longer than 20 tokens") as said:
+        store = encode(pd.Series(long))
+    assert len(said) == 1
+    assert store.info["truncated"] == 10
+    assert json.loads((tmp_path / "store" / "store.json").read_text())["truncated"] == 10
+    with pytest.warns(UserWarning, match="10 of 100 texts"):                     # complete: said again
+        assert encode(iter(long)).info == store.info
     assert encode_corpus(encoder, long, tmp_path / "whole", shard_size=SHARD, progress=False).info["truncated"] == 0
     for given in ("w1", {"w1": 1}, pd.DataFrame({"w1": long})):
         with pytest.raises(ValueError, match="texts must be a list"): encode(given)
@@ -128,8 +142,11 @@ def test_a_second_writer_is_refused_until_the_first_is_dead(tmp_path, checkpoint
     process = run(SLOW, env, checkpoint, path, os.path.dirname(__file__), 1)
     assert process.stdout.readline() == "0\n", process.communicate()[1]
     try:
-        with pytest.raises(ValueError, match="another process is writing this store"): encode_corpus(encoder, TEXTS, path, shard_size=SHARD, progress=False)
-    finally: process.kill(); process.communicate()
+        with pytest.raises(ValueError, match="another process is writing this store"):
+            encode_corpus(encoder, TEXTS, path, shard_size=SHARD, progress=False)
+    finally:
+        process.kill()
+        process.communicate()
     assert len(encode_corpus(encoder, TEXTS, path, shard_size=SHARD, progress=False)) == len(TEXTS)
 
 
@@ -142,7 +159,7 @@ from bgem3_nb.store import encode_corpus
 encoder = M3Encoder.from_pretrained(sys.argv[1], max_length=64, progress=False)
 def texts():
     for i, t in enumerate(TEXTS):
-        if i == 2 * SHARD: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))   # from here on no file may be larger
+        if i == 2 * SHARD: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))   # no file may be larger now
         yield t
 encode_corpus(encoder, texts(), sys.argv[2], shard_size=SHARD, progress=False)
 """
@@ -153,7 +170,8 @@ def test_a_full_disk_leaves_finished_shards(tmp_path, checkpoint, encoder, env):
     path = tmp_path / "store"
     process = run(FULL, env, checkpoint, path, os.path.dirname(__file__))
     error = process.communicate()[1]
-    assert process.returncode == 1 and f"OSError: {path / '000002.safetensors'}: this shard could not be written" in error, error
+    assert process.returncode == 1, error
+    assert f"OSError: {path / '000002.safetensors'}: this shard could not be written" in error, error
     before = marks(path)
     assert len(before) == 2 and not list(path.glob("*.tmp"))
     encode_corpus(encoder, TEXTS, path, shard_size=SHARD, progress=False)
@@ -174,7 +192,8 @@ def test_a_finished_store_is_not_touched(store, encoder, monkeypatch):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(prompt=""), "prompt 'w5 ', not ''"), (dict(max_length=32), "max_length 64, not 32"), (dict(outputs=("dense", "multi")), "outputs"),
+    (dict(prompt=""), "prompt 'w5 ', not ''"), (dict(max_length=32), "max_length 64, not 32"),
+    (dict(outputs=("dense", "multi")), "outputs"),
     (dict(multi_dtype="int8"), "multi_dtype 'float16', not 'int8'"), (dict(shard_size=8), "shard_size 16, not 8")])
 def test_another_setting_is_refused(store, encoder, change, words):
     with pytest.raises(ValueError, match="Encode with what it was made with") as error:
@@ -188,15 +207,18 @@ def test_another_model_is_refused(store, checkpoint, part):
     if part == "pooling": model.config.pooling = "cls"
     else: next(getattr(model, part).parameters()).data[0] += 1e-3
     with pytest.raises(ValueError, match=part):
-        encode_corpus(M3Encoder(model, max_length=64, progress=False), TEXTS, store.path, shard_size=SHARD, progress=False)
+        other = M3Encoder(model, max_length=64, progress=False)
+        encode_corpus(other, TEXTS, store.path, shard_size=SHARD, progress=False)
 
 
 @pytest.mark.parametrize("texts, words", [
-    ([*TEXTS[:50], "w3", *TEXTS[51:]], "000003.safetensors: text 50 is not the one"), (TEXTS[1:], "text 0 is not the one"),
-    (TEXTS[:97], "more texts than the 97"), (TEXTS[:96], "more texts than the 96"), ([], "more texts than the 0"), ([*TEXTS[:20], 7], "text 20 is int")])
+    ([*TEXTS[:50], "w3", *TEXTS[51:]], "000003.safetensors: text 50 is not the one"),
+    (TEXTS[1:], "text 0 is not the one"), (TEXTS[:97], "more texts than the 97"),
+    (TEXTS[:96], "more texts than the 96"), ([], "more texts than the 0"), ([*TEXTS[:20], 7], "text 20 is int")])
 def test_other_texts_are_refused(store, encoder, texts, words):
     before = marks(store.path)
-    with pytest.raises(ValueError, match=words): encode_corpus(encoder, texts, store.path, shard_size=SHARD, progress=False)
+    with pytest.raises(ValueError, match=words):
+        encode_corpus(encoder, texts, store.path, shard_size=SHARD, progress=False)
     assert marks(store.path) == before and len(EmbeddingStore(store.path)) == len(TEXTS)
 
 
@@ -206,11 +228,15 @@ def test_a_damaged_shard_is_named(store, encoder, damage):
     data = file.read_bytes()
     whole = store.embeddings()
     if damage == "missing": file.unlink()
-    else: file.write_bytes({"cut": data[:-1], "longer": data + b"x", "header": b"\xff" * 8 + data[8:], "empty": b"", "another": shard_file(store.path, 6).read_bytes()}[damage])
+    else:
+        damaged = {"cut": data[:-1], "longer": data + b"x", "header": b"\xff" * 8 + data[8:], "empty": b"",
+                   "another": shard_file(store.path, 6).read_bytes()}
+        file.write_bytes(damaged[damage])
     assert len(store[:48]) == 48                             # the others can be read
     with pytest.raises(ValueError, match="000003.safetensors"): store[[10, 48]]
     if damage != "missing":
-        with pytest.raises(ValueError, match="000003.safetensors"): encode_corpus(encoder, TEXTS, store.path, shard_size=SHARD, progress=False)
+        with pytest.raises(ValueError, match="000003.safetensors"):
+            encode_corpus(encoder, TEXTS, store.path, shard_size=SHARD, progress=False)
         file.unlink()
     assert equal(encode_corpus(encoder, TEXTS, store.path, shard_size=SHARD, progress=False).embeddings(), whole)
 
@@ -222,7 +248,8 @@ def test_a_damaged_description_is_named(store, text):
 
 
 def test_a_setting_that_fails_can_be_mended(tmp_path, encoder):
-    with pytest.raises(ValueError, match="max_length"): encode_corpus(encoder, TEXTS, tmp_path / "store", max_length=1000, progress=False)
+    with pytest.raises(ValueError, match="max_length"):
+        encode_corpus(encoder, TEXTS, tmp_path / "store", max_length=1000, progress=False)
     assert len(encode_corpus(encoder, TEXTS, tmp_path / "store", progress=False)) == len(TEXTS)
 
 
@@ -231,7 +258,8 @@ def test_a_corpus_that_has_grown(store, encoder):
     bigger = encode_corpus(encoder, grown, store.path, shard_size=SHARD, progress=False)
     changed = {k for k, v in marks(store.path).items() if before.get(k) != v}
     assert changed == {"000006.safetensors", "000007.safetensors"}
-    assert equal(bigger.embeddings(), encode_corpus(encoder, grown, store.path.parent / "whole", shard_size=SHARD, progress=False).embeddings())
+    whole = encode_corpus(encoder, grown, store.path.parent / "whole", shard_size=SHARD, progress=False)
+    assert equal(bigger.embeddings(), whole.embeddings())
 
 
 # What is read
@@ -242,7 +270,9 @@ def test_round_trip(tmp_path, encoder, dtype, error):
     read = store.embeddings()
     wanted = Embeddings.concat([encoder.encode_passages(TEXTS[i:i + SHARD]) for i in range(0, len(TEXTS), SHARD)])
     assert np.abs(read.multi - wanted.multi).max() <= error and read.multi.dtype == np.float32
-    assert np.array_equal(read.dense, wanted.dense) and np.array_equal(read.offsets, wanted.offsets) and (read.lexical != wanted.lexical).nnz == 0
+    assert np.array_equal(read.dense, wanted.dense)
+    assert np.array_equal(read.offsets, wanted.offsets)
+    assert (read.lexical != wanted.lexical).nnz == 0
     assert sum(map(len, store.shards())) == len(store) == len(TEXTS)
 
 
@@ -260,7 +290,8 @@ def test_some_outputs(tmp_path, encoder, outputs):
 def test_an_empty_corpus(tmp_path, encoder):
     store = encode_corpus(encoder, iter(()), tmp_path / "store", progress=False)
     e = store.embeddings()
-    assert len(store) == len(e) == 0 and e.dense.shape == (0, 32) and e.lexical.shape == (0, 60) and e.multi.shape == (0, 32)
+    assert len(store) == len(e) == 0
+    assert (e.dense.shape, e.lexical.shape, e.multi.shape) == ((0, 32), (0, 60), (0, 32))
     assert [len(s) for s in store.shards()] == [0] and len(store[:]) == 0
     assert search(encoder.encode_queries(["w1"]), store)[1].shape == (1, 0)
     assert len(encode_corpus(encoder, TEXTS[:3], store.path, progress=False)) == 3       # and it can grow
@@ -277,7 +308,8 @@ def coarse(n, seed, d=4, vocabulary=6):
     rng = np.random.default_rng(seed)
     lengths = 2 ** rng.integers(0, 3, n)          # means over 1, 2 or 4 tokens are exact too
     grid = lambda *shape: rng.integers(-2, 3, shape).astype(np.float32) / 4
-    return Embeddings(grid(n, d), csr_matrix(np.abs(grid(n, vocabulary))), grid(lengths.sum(), d), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Embeddings(grid(n, d), csr_matrix(np.abs(grid(n, vocabulary))), grid(lengths.sum(), d), offsets)
 
 
 @settings(max_examples=150, deadline=None)
@@ -286,14 +318,15 @@ def coarse(n, seed, d=4, vocabulary=6):
 def test_search_is_sorting(seed, n_q, n, k, block, weights):
     queries, passages = coarse(n_q, seed), coarse(n, seed + 1)
     matrix = fuse(all_scores(queries, passages), weights)
-    wanted = np.argsort(-matrix, axis=1, kind="stable")[:, :k]           # stable: equal scores in the order of their indices
+    wanted = np.argsort(-matrix, axis=1, kind="stable")[:, :k]           # equal scores in the order of their indices
     scores, indices = search(queries, passages, k, weights, block=block)
     assert np.array_equal(indices, wanted) and np.array_equal(scores, np.take_along_axis(matrix, wanted, 1))
     assert scores.dtype == np.float32 and indices.dtype == np.int64
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=GRID, n=st.integers(1, 40), k=st.integers(1, 10), more=st.integers(0, 40), block=st.integers(1, 50), lexical=st.sampled_from([0., .5]))
+@given(seed=GRID, n=st.integers(1, 40), k=st.integers(1, 10), more=st.integers(0, 40), block=st.integers(1, 50),
+       lexical=st.sampled_from([0., .5]))
 def test_two_stages(seed, n, k, more, block, lexical):
     queries, passages = coarse(3, seed), coarse(n, seed + 1)
     weights = {"dense": 1., "lexical": lexical, "multi": 2.}
@@ -314,7 +347,8 @@ def test_search_with_ordinary_numbers(seed, n, block):
     queries, passages = (Embeddings(dense=rng.normal(size=(m, 16)).astype(np.float32)) for m in (3, n))
     matrix = queries.dense @ passages.dense.T
     scores, indices = search(queries, passages, 10, block=block)
-    assert np.allclose(scores, -np.sort(-matrix, 1)[:, :10], atol=1e-5) and np.allclose(np.take_along_axis(matrix, indices, 1), scores, atol=1e-5)
+    assert np.allclose(scores, -np.sort(-matrix, 1)[:, :10], atol=1e-5)
+    assert np.allclose(np.take_along_axis(matrix, indices, 1), scores, atol=1e-5)
     assert all(len(set(row)) == len(row) for row in indices)
 
 
@@ -334,10 +368,12 @@ def test_queries_of_another_model_are_refused_where_that_is_known(encoder, check
     with torch.no_grad(): other.model.multi_head.weight.mul_(1.5)
     asked = other.encode_queries(TEXTS[:3])
     for corpus in (store, store.embeddings()):
-        with pytest.raises(ValueError, match="another model than the passages, which differs in weights of"): search(asked, corpus)
+        with pytest.raises(ValueError, match="another model than the passages, which differs in weights of"):
+            search(asked, corpus)
         with pytest.raises(ValueError, match="another model"): search_candidates(asked, corpus, 3, progress=False)
-    assert search(M3Encoder.from_pretrained(checkpoint, max_length=64, progress=False).encode_queries(TEXTS[:3]), store)[1].shape == (3, 10)
-    unknown = Embeddings(asked.dense)                                     # made elsewhere: nothing is known, nothing refused
+    same = M3Encoder.from_pretrained(checkpoint, max_length=64, progress=False)
+    assert search(same.encode_queries(TEXTS[:3]), store)[1].shape == (3, 10)
+    unknown = Embeddings(asked.dense)                           # made elsewhere: nothing is known, nothing refused
     assert search(unknown, store)[1].shape == (3, 10)
 
 
@@ -349,12 +385,14 @@ def test_a_vector_that_is_not_finite_is_named(value):
     with pytest.raises(ValueError, match="passage 37"): search(asked, corpus, block=10)
     asked.dense[2, 0] = value
     with pytest.raises(ValueError, match="query 2"): search(asked, Embeddings(dense))
-    with pytest.raises(ValueError, match="query 0 and passage 37"): scores_of(Embeddings(dense), corpus, np.array([0]), np.array([37]))
+    with pytest.raises(ValueError, match="query 0 and passage 37"):
+        scores_of(Embeddings(dense), corpus, np.array([0]), np.array([37]))
 
 
 def test_a_model_that_gives_nan_writes_no_shard(checkpoint, tmp_path):
     broken = M3Encoder.from_pretrained(checkpoint, max_length=64, progress=False)
-    with torch.no_grad(): broken.model.encoder.embeddings.word_embeddings.weight[broken.tokenizer.convert_tokens_to_ids("w44")] = np.nan
+    word = broken.tokenizer.convert_tokens_to_ids("w44")
+    with torch.no_grad(): broken.model.encoder.embeddings.word_embeddings.weight[word] = np.nan
     with pytest.raises(ValueError, match="text 17 are not finite"):
         encode_corpus(broken, ["w2"] * 17 + ["w44"] + ["w2"] * 3, tmp_path/"s", shard_size=SHARD, progress=False)
     assert [f.name for f in (tmp_path/"s").glob("*.safetensors")] == ["000000.safetensors"]
@@ -371,8 +409,19 @@ def test_a_read_does_not_depend_on_the_size_of_the_store(encoder, tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 12).flatmap(lambda n: st.tuples(st.just(n), st.one_of(
-    st.slices(n), st.lists(st.integers(-n, n - 1), max_size=9) if n else st.just([]), st.lists(st.booleans(), min_size=n, max_size=n)))))
+    st.slices(n), st.lists(st.integers(-n, n - 1), max_size=9) if n else st.just([]),
+    st.lists(st.booleans(), min_size=n, max_size=n)))))
 def test_row_numbers_are_those_of_numpy(case):
     n, index = case
-    expected = np.arange(n)[np.asarray(index, bool) if index and isinstance(index, list) and isinstance(index[0], bool) else index if isinstance(index, slice) else np.array(index, int)]
+    rows = index
+    if isinstance(index, list): rows = np.array(index, bool if index and isinstance(index[0], bool) else int)
+    expected = np.arange(n)[rows]
     assert row_numbers(index, n).tolist() == expected.tolist()
+
+
+def test_a_query_that_is_not_finite_is_named_among_many():
+    "Queries are scored in blocks, and the number is that of all."
+    rng = np.random.default_rng(0)
+    asked, corpus = (rng.normal(size=(n, 4)).astype(np.float32) for n in (600, 9000))
+    asked[555] = np.nan
+    with pytest.raises(ValueError, match="query 555"): search(Embeddings(asked), Embeddings(corpus))

@@ -22,7 +22,8 @@ ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE / "offline"), str(HE
 
 
 def start(*words, launcher=()):
-    return subprocess.Popen([sys.executable, *launcher, *RUN, *map(str, words)], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command = [sys.executable, *launcher, *RUN, *map(str, words)]
+    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process):
@@ -94,15 +95,18 @@ def test_two_processes(tmp_path, alone, cached):
 @pytest.mark.parametrize("kind", ["XLMRoberta", "Bert", "DistilBert", "ModernBert"])
 @pytest.mark.parametrize("length", [64, 600])
 def test_without_dropout_there_is_none(kind, length, tmp_path):
-    "Attention keeps its rate as a plain number in some encoders and versions; `dropout=False` turns that off too, and puts it back afterwards."
+    "`dropout=False` turns off what attention keeps as a plain number too, and puts it back afterwards."
     names = {"DistilBert": dict(dim=16, hidden_dim=32, n_layers=1, n_heads=2, dropout=.4, attention_dropout=.4)}
-    sizes = names.get(kind, dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, hidden_dropout_prob=.4,
-                                 attention_probs_dropout_prob=.4, attention_dropout=.4, pad_token_id=1))
-    encoder = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(vocab_size=250002, max_position_embeddings=700, **sizes))
+    sizes = names.get(kind, dict(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, hidden_dropout_prob=.4,
+        attention_probs_dropout_prob=.4, attention_dropout=.4, pad_token_id=1))
+    config = getattr(transformers, f"{kind}Config")(vocab_size=250002, max_position_embeddings=700, **sizes)
+    encoder = getattr(transformers, f"{kind}Model")(config)
     model = M3Model(encoder, tiny_model().tokenizer, M3Config("mean"))
     batch = {"input_ids": torch.arange(5, 45)[None], "attention_mask": torch.ones(1, 40, dtype=torch.int64)}
     for dropout in (False, True):
-        args = M3TrainingArguments(output_dir=str(tmp_path), dropout=dropout, passage_length=length, search_length=length, report_to="none", use_cpu=True)
+        args = M3TrainingArguments(output_dir=str(tmp_path), dropout=dropout, passage_length=length,
+                                   search_length=length, report_to="none", use_cpu=True)
         with M3Trainer(model, args, train_dataset=[{"query": "a", "pos": ["b"]}]).quick_layers():
             a, b = (model.train()(**batch).multi.detach() for _ in range(2))
         assert torch.equal(a, b) == (not dropout)
