@@ -14,9 +14,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .backbone import pick_dtype
-from .encoding import Embeddings, PARTS
+from .encoding import Embeddings, EMBEDDING_PARTS
 from .scoring import (
-    all_scores, check_finite, check_model, fuse, named_weights, on_cores, pair_scores)
+    all_scores, check_finite, check_model, fuse, map_over_cores, named_weights, pair_scores)
 
 # %% ../nbs/30_exact_search.ipynb #1499a997
 @dataclass
@@ -96,7 +96,7 @@ def _largest(corpus, centre, dtype):
     def work(start):
         p, low = _block(corpus, start, centre, dtype, check=True)
         norms.append([x.float().norm(dim=1).max().item() for x in (p, low, p - low.float())])
-    on_cores(work, list(range(0, len(corpus), PASSAGES)))
+    map_over_cores(work, list(range(0, len(corpus), PASSAGES)))
     return np.max(norms, axis=0)
 
 def _error(q, low, largest, centre):
@@ -221,16 +221,16 @@ def top_dense(
     size = max(1, min(-(-n // torch.get_num_threads()), int(np.clip(2**17 // k, 256, 1024))))
     with tqdm(total=n, desc="search", unit="query", disable=not progress) as bar, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support")
-        on_cores(work, [np.arange(a, min(a + size, n)) for a in range(0, n, size)])
+        map_over_cores(work, [np.arange(a, min(a + size, n)) for a in range(0, n, size)])
         left, size = np.sort(np.concatenate(again)), int(np.clip(8_000_000 // m, 1, 512))
-        on_cores(lambda rows: work(rows, False), [left[a:a + size] for a in range(0, len(left), size)])
+        map_over_cores(lambda rows: work(rows, False), [left[a:a + size] for a in range(0, len(left), size)])
     return Candidates(scores, passages, "dense")
 
 # %% ../nbs/30_exact_search.ipynb #cbb891eb
 def _part(e, rows, outputs):
     "Some texts, and some outputs, of embeddings in memory or in a store."
     if hasattr(e, "read"): return e.read(rows, outputs)
-    kept = {k: getattr(e, k) for k in PARTS if k in outputs or k == "offsets" and "multi" in outputs}
+    kept = {k: getattr(e, k) for k in EMBEDDING_PARTS if k in outputs or k == "offsets" and "multi" in outputs}
     return Embeddings(**kept, model=e.model)[rows]
 
 SCORES = 2**21   # scores of a mixture that are held at a time

@@ -27,8 +27,9 @@ from safetensors.torch import load_file, save_file
 from scipy.sparse import csr_matrix
 from tqdm.auto import tqdm
 
-from .encoding import (
-    check_container, Embeddings, M3Encoder, model_marks, PARTS, row_numbers, warn_truncated)
+from bgem3_nb.encoding import (
+    check_container, EMBEDDING_PARTS, Embeddings, M3Encoder, model_marks, row_numbers,
+    warn_truncated)
 from .files import replace_file, usual_mode
 from .model import OUTPUTS
 from .scoring import (
@@ -133,7 +134,7 @@ def keep(
 ) -> Embeddings:
     "Some of the outputs, nothing copied."
     if outputs is None: return e
-    kept = {k: getattr(e, k) for k in PARTS if k in outputs or k == "offsets" and "multi" in outputs}
+    kept = {k: getattr(e, k) for k in EMBEDDING_PARTS if k in outputs or k == "offsets" and "multi" in outputs}
     return Embeddings(**kept, model=e.model)
 
 def read_info(
