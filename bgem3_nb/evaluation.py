@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'UNSPACED', 'ARABIC_SIGNS', 'ARABIC_LETTERS', 'ARABIC_ARTICLE', 'ARABIC_FORMS', 'LATE_TONE', 'TONES',
            'LETTER', 'SPACELESS', 'relevant_ranks', 'Evaluation', 'evaluate_scores', 'evaluate_modes', 'word_tokens',
-           'bm25_scores', 'bootstrap_interval', 'table', 'Comparison', 'paired', 'holm', 'plot_intervals',
+           'bm25_scores', 'bootstrap_interval', 'metrics_table', 'Comparison', 'paired', 'holm', 'plot_intervals',
            'fit_weights', 'validation_metrics']
 
 # %% ../nbs/40_evaluation.ipynb #776cc569
@@ -28,36 +28,44 @@ def _ir_measures():
     "The package ir-measures, or an ImportError that says how to get it."
     try: import ir_measures
     except ImportError:
-        raise ImportError("metrics are computed by the package ir-measures; run: pip install ir-measures. On Linux on Arm "
-                          "this builds its part pytrec_eval-terrier, which needs a C compiler and GitHub") from None
+        raise ImportError("metrics are computed by the package ir-measures; run: pip install "
+                          "ir-measures. On Linux on Arm this builds its part pytrec_eval-terrier, "
+                          "which needs a C compiler and GitHub") from None
     return ir_measures
 
 # %% ../nbs/40_evaluation.ipynb #cf147dfa
 def _checked(scores, qrels):
     "The score matrix as an array, or a ValueError that says what is wrong with it."
     scores = np.asarray(scores)
-    if scores.ndim != 2: raise ValueError(f"scores must be a (queries, passages) matrix, but its shape is {scores.shape}")
+    if scores.ndim != 2:
+        raise ValueError(f"scores must be a (queries, passages) matrix, but its shape is "
+                         f"{scores.shape}")
     n_q, n_p = scores.shape
     if not n_q: raise ValueError("scores has no row: there is no query to evaluate")
-    if len(qrels) != n_q: raise ValueError(f"scores has {n_q} rows (queries), but qrels has {len(qrels)} entries")
+    if len(qrels) != n_q:
+        raise ValueError(f"scores has {n_q} rows (queries), but qrels has {len(qrels)} entries")
     bad = np.isnan(scores).any(axis=1)
     if bad.any(): raise ValueError(f"the scores of query {bad.argmax()} contain NaN")
     for i, rel in enumerate(qrels):
-        if not len(rel): raise ValueError(f"query {i} has no relevant passage: leave it out of scores and qrels")
+        if not len(rel):
+            raise ValueError(f"query {i} has no relevant passage: leave it out of scores and qrels")
         if min(rel) < 0 or max(rel) >= n_p:
-            raise ValueError(f"query {i} has the relevant passages {sorted(rel)}, but scores has {n_p} columns (passages)")
+            raise ValueError(f"query {i} has the relevant passages {sorted(rel)}, but scores has "
+                             f"{n_p} columns (passages)")
     return scores
 
 # %% ../nbs/40_evaluation.ipynb #23eabf3e
 def relevant_ranks(
     scores: np.ndarray,       # (n_q, n_p), larger is better
     qrels: list[set[int]],    # the relevant passages (columns) of each query (row)
-) -> list[np.ndarray]:        # for each query the ranks of its relevant passages, 1 = first, ascending
-    "Where relevant passages stand, behind those they tie with. Raises ValueError naming the query that is wrong."
+) -> list[np.ndarray]:        # of each query, ascending from 1, the first
+    """Rank the relevant passages of each query, behind those they tie with. Raises ValueError
+    naming the query that is wrong."""
     ranks = []
     for row, rel in zip(_checked(scores, qrels), qrels):
         s = np.sort(row[list(set(rel))])[::-1]
-        ahead = np.count_nonzero(row >= s[:, None], axis=1)           # passages at least as good ...
+        # passages at least as good ...
+        ahead = np.count_nonzero(row >= s[:, None], axis=1)
         ahead -= np.count_nonzero(s >= s[:, None], axis=1)            # ... that are not relevant
         ranks.append(ahead + np.arange(1, len(s) + 1))
     return ranks
@@ -75,37 +83,47 @@ class Evaluation:
 
     def values(self, metric: str = "nDCG@10") -> np.ndarray:
         "The `(n_q,)` values of one metric. Raises ValueError if it was not computed."
-        if metric not in self.per_query: raise ValueError(f"there is no {metric!r} here, only {', '.join(self.per_query)}")
+        if metric not in self.per_query:
+            raise ValueError(f"there is no {metric!r} here, only {', '.join(self.per_query)}")
         return self.per_query[metric]
 
     def mean(self, metric: str = "nDCG@10") -> float:
         "Mean over the queries."
         return float(self.values(metric).mean())
 
-    def interval(self, metric: str = "nDCG@10", confidence: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    def interval(self, metric: str = "nDCG@10", confidence: float = 0.95,
+                 seed: int = 0) -> tuple[float, float]:
         "Bootstrap interval of the mean, low and high."
         return bootstrap_interval(self.values(metric), confidence, seed)
 
     def to_dict(self, confidence: float = 0.95, seed: int = 0) -> dict:
         "Plain numbers, for a JSON file: `n_queries`, and for each metric `mean`, `low`, `high`."
         ends = {m: self.interval(m, confidence, seed) for m in self.per_query}
-        return {"n_queries": len(self), **{m: {"mean": self.mean(m), "low": lo, "high": hi} for m, (lo, hi) in ends.items()}}
+        return {
+            "n_queries": len(self),
+            **{m: {"mean": self.mean(m), "low": lo, "high": hi} for m, (lo, hi) in ends.items()}}
 
-    def __repr__(self): return f"{len(self)} queries: " + ", ".join(f"{m} {self.mean(m):.3f}" for m in self.per_query)
+    def __repr__(self):
+        return f"{len(self)} queries: " + ", ".join(f"{m} {self.mean(m):.3f}"
+                                                    for m in self.per_query)
 
 # %% ../nbs/40_evaluation.ipynb #4aceb6e5
 def _grades(row, rel):
-    "The grades of the relevant passages in the order of their ranks; of those that tie, the lower is first."
+    """The grades of the relevant passages in the order of their ranks; of those that tie, the
+    lower is first."""
     if not isinstance(rel, dict): return [1] * len(rel)
-    if any(g != int(g) or g < 1 for g in rel.values()): raise ValueError(f"grades must be whole numbers of at least 1, not {sorted(rel.values())}")
+    if any(g != int(g) or g < 1 for g in rel.values()):
+        raise ValueError(f"grades must be whole numbers of at least 1, not {sorted(rel.values())}")
     return [int(rel[j]) for j in sorted(rel, key=lambda j: (-row[j], rel[j]))]
 
 def evaluate_scores(
     scores: np.ndarray,                  # (n_q, n_p), larger is better
-    qrels: list[set[int] | dict[int, int]],  # the relevant passages (columns) of each query (row), or their grades
+    # the relevant passages (columns) of each query (row), or their grades
+    qrels: list[set[int] | dict[int, int]],
     metrics: tuple[str, ...] = METRICS,  # names that ir-measures knows
 ) -> Evaluation:
-    "Metrics of every query by ir-measures, with ties against the system. Raises ValueError on bad shapes, NaN or an empty qrel."
+    """Metrics of every query by ir-measures, with ties against the system. Raises ValueError on
+    bad shapes, NaN or an empty qrel."""
     ir_measures = _ir_measures()
     try: measures = {m: ir_measures.parse_measure(m) for m in metrics}
     except (NameError, ValueError) as e: raise ValueError(f"metrics {metrics}: {e}") from e
@@ -115,7 +133,8 @@ def evaluate_scores(
         depth = int(ranks[-1]) if None in cutoffs else max(cutoffs)
         run[str(i)] = {str(r): -float(r) for r in range(1, depth + 1)}
         truth[str(i)] = dict(zip(map(str, ranks), _grades(scores[i], qrels[i])))
-    found = {measure: np.zeros(len(run)) for measure in measures.values()}   # two names may mean one
+    # two names may mean one
+    found = {measure: np.zeros(len(run)) for measure in measures.values()}
     for r in ir_measures.iter_calc(list(found), truth, run):
         found[r.measure][int(r.query_id)] = r.value
     return Evaluation({m: found[measure] for m, measure in measures.items()})
@@ -130,33 +149,41 @@ def evaluate_modes(
     return {name: evaluate_scores(s, qrels, metrics) for name, s in scores.items()}
 
 # %% ../nbs/40_evaluation.ipynb #9e31d0de
-UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+)")
-ARABIC_SIGNS = re.compile("[\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06ed]")  # vowels, Quranic signs, tatweel
+# scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese
+UNSPACED = re.compile("([\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf"
+                      "\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]+)")
+# vowels, Quranic signs, tatweel
+ARABIC_SIGNS = re.compile("[\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06ed]")
 ARABIC_LETTERS = str.maketrans("أإآٱىةؤئکیےہ", "اااايهويكييه")
 ARABIC_ARTICLE = re.compile(r"\b(?:[وبكف]?ال|لل)(?=\w{3})")
-ARABIC_FORMS = re.compile("[\ufe70-\ufe7f]")          # vowels with a carrier of their own, which NFKC makes a space
+# vowels with a carrier of their own, which NFKC makes a space
+ARABIC_FORMS = re.compile("[\ufe70-\ufe7f]")
 LATE_TONE = re.compile(r"(?:o[àáảãạèéẻẽẹ]|(?<!q)u[ỳýỷỹỵ])(?!\w)")   # hoà, khoẻ, thuý; not hoàn, quý
-TONES = dict(zip("àáảãạèéẻẽẹỳýỷỹỵ", [v + t for v in "aey" for t in "\u0300\u0301\u0309\u0303\u0323"]))
+TONES = dict(zip("àáảãạèéẻẽẹỳýỷỹỵ",
+                 [v + t for v in "aey" for t in "\u0300\u0301\u0309\u0303\u0323"]))
 
 # %% ../nbs/40_evaluation.ipynb #c179edc2
 LETTER = UNSPACED.pattern[1:-2]                                  # one letter of these scripts
 SPACELESS = re.compile(f"(?<={LETTER})\u200b(?={LETTER})")       # here it ends a word
 
 def _early_tone(match):
-    "The syllable's end with its tone on the first vowel, as in hòa: the older of the two spellings."
+    """The syllable's end with its tone on the first vowel, as in hòa: the older of the two
+    spellings."""
     first, second = match[0]
     return unicodedata.normalize("NFC", first + TONES[second][1]) + TONES[second][0]
 
 @lru_cache(1 << 16)
 def _term_character(c):
-    "A letter or mark as it is, a digit of any script as 0 to 9, nothing for an invisible one, else a space."
+    """A letter or mark as it is, a digit of any script as 0 to 9, nothing for an invisible one,
+    else a space."""
     kind = unicodedata.category(c)
     if kind == "Nd": return str(unicodedata.decimal(c))
     return "" if kind == "Cf" else c if kind[0] in "LMN" else " "
 
 def word_tokens(
     text: str,             # any text
-    language: str = "en",  # language code, such as "vi" or "vi-VN"; vi, ar, fa and ur have own rules
+    # language code, such as "vi" or "vi-VN"; vi, ar, fa and ur have own rules
+    language: str = "en",
 ) -> list[str]:            # terms, repeated as they occur
     "Terms for BM25: case-folded words, with the pairs that the language or the script asks for."
     language = language_code(language)
@@ -174,15 +201,18 @@ def word_tokens(
 
 # %% ../nbs/40_evaluation.ipynb #294d6814
 def bm25_scores(
-    passages,                          # (n_p,) texts, or an object with `.passages` and `.queries`, such as a `RetrievalSet`
+    # (n_p,) texts, or an object with `.passages` and `.queries`, such as a `RetrievalSet`
+    passages,
     queries: list[str] | None = None,  # (n_q,) texts; by default those of that object
     language: str = "vi",              # language code, for `word_tokens`
     k1: float = 1.2,                   # >= 0, how slowly repetition saturates
     b: float = 0.75,                   # 0 to 1, how much length is discounted
 ) -> np.ndarray:                       # (n_q, n_p) float32, all zeros where a query matches nothing
-    "BM25 scores of all queries and passages, in Lucene's form. Raises ValueError if there are no queries given."
+    """BM25 scores of all queries and passages, in Lucene's form. Raises ValueError if there are
+    no queries given."""
     queries = getattr(passages, "queries", None) if queries is None else queries
-    if queries is None: raise ValueError("bm25_scores needs the queries, or an object with .passages and .queries")
+    if queries is None:
+        raise ValueError("bm25_scores needs the queries, or an object with .passages and .queries")
     passages = getattr(passages, "passages", passages)
     scores = np.zeros((len(queries), len(passages)), dtype=np.float32)
     tokens = [word_tokens(p, language) for p in passages]
@@ -204,22 +234,25 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     if not len(values): raise ValueError("an interval needs at least one value")
     if np.ptp(values) == 0: return float(values[0]), float(values[0])
-    result = bootstrap((values,), np.mean, n_resamples=n_resamples, confidence_level=confidence, method="percentile",
-                       vectorized=True, batch=max(1, 2_000_000 // len(values)), random_state=np.random.default_rng(seed))
+    result = bootstrap((values,), np.mean, n_resamples=n_resamples, confidence_level=confidence,
+                       method="percentile", vectorized=True, batch=max(1, 2_000_000 // len(values)),
+                       random_state=np.random.default_rng(seed))
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 # %% ../nbs/40_evaluation.ipynb #7ac5d67f
-def table(
+def metrics_table(
     evals: dict[str, Evaluation],        # name to evaluation
     metrics: tuple[str, ...] = METRICS,  # columns
-    intervals: bool = True,              # whether the 95 % interval of the first metric stands beside it
+    # whether the 95 % interval of the first metric stands beside it
+    intervals: bool = True,
 ) -> pd.DataFrame:                       # one row for each evaluation
     "Means to three decimals."
     rows = {}
     for name, e in evals.items():
         first, *rest = [round(e.mean(m), 3) for m in metrics]
         rows[name] = {metrics[0]: first}
-        if intervals: rows[name]["95 % interval"] = "{:.3f} – {:.3f}".format(*e.interval(metrics[0]))
+        if intervals:
+            rows[name]["95 % interval"] = "{:.3f} – {:.3f}".format(*e.interval(metrics[0]))
         rows[name] |= dict(zip(metrics[1:], rest))
     return pd.DataFrame.from_dict(rows, orient="index")
 
@@ -241,8 +274,9 @@ class Comparison:
         return dict(vars(self))
 
     def __repr__(self):
-        return (f"{self.metric} {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], p = {self.p_value:.2g}, "
-                f"{self.wins} of {self.n} queries better, {self.losses} worse")
+        return (f"{self.metric} {self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}], "
+                f"p = {self.p_value:.2g}, {self.wins} of {self.n} queries better, "
+                f"{self.losses} worse")
 
 # %% ../nbs/40_evaluation.ipynb #ff62566e
 def paired(
@@ -253,15 +287,20 @@ def paired(
     seed: int = 0,             # of interval and test
     n_resamples: int = 9999,   # sign flips; all of them where there are fewer
 ) -> Comparison:
-    "How much better a is than b, query by query. Raises ValueError if their numbers of queries differ."
+    """How much better a is than b, query by query. Raises ValueError if their numbers of queries
+    differ."""
     x, y = a.values(metric), b.values(metric)
-    if len(x) != len(y): raise ValueError(f"a paired comparison needs the same queries, but a has {len(x)} and b has {len(y)}")
+    if len(x) != len(y):
+        raise ValueError(f"a paired comparison needs the same queries, but a has {len(x)} and b "
+                         f"has {len(y)}")
     d, p = x - y, 1.0
     if d.any() and len(d) > 1:
-        p = permutation_test((d,), np.mean, permutation_type="samples", vectorized=True, n_resamples=n_resamples,
-                             batch=max(1, 2_000_000 // len(d)), random_state=np.random.default_rng(seed)).pvalue
+        p = permutation_test((d,), np.mean, permutation_type="samples", vectorized=True,
+                             n_resamples=n_resamples, batch=max(1, 2_000_000 // len(d)),
+                             random_state=np.random.default_rng(seed)).pvalue
     low, high = bootstrap_interval(d, confidence, seed)
-    return Comparison(metric, float(d.mean()), low, high, float(p), len(d), int((d > 0).sum()), int((d < 0).sum()))
+    return Comparison(metric, float(d.mean()), low, high, float(p), len(d), int((d > 0).sum()),
+                      int((d < 0).sum()))
 
 # %% ../nbs/40_evaluation.ipynb #38fb88dc
 def holm(
@@ -276,7 +315,8 @@ def holm(
 # %% ../nbs/40_evaluation.ipynb #a38e9b65
 def plot_intervals(
     before: dict[str, Evaluation],               # name of a mode to its evaluation
-    after: dict[str, Evaluation] | None = None,  # the same later; a mode may be in one of the two only
+    # the same later; a mode may be in one of the two only
+    after: dict[str, Evaluation] | None = None,
     metric: str = "nDCG@10",                     # what to draw
     labels: tuple[str, str] = ("before", "after"),  # for the legend
     ax=None,                                     # matplotlib axes; new ones if left out
@@ -285,29 +325,39 @@ def plot_intervals(
     from matplotlib.pyplot import subplots
     names = list(dict.fromkeys([*before, *(after or {})]))
     if ax is None: _, ax = subplots(figsize=(5, 1 + .4 * len(names)), dpi=72)
-    groups = [(before, labels[0], "tab:gray", -.14 if after else 0)] + ([(after, labels[1], "tab:blue", .14)] if after else [])
+    groups = [(before, labels[0], "tab:gray", -.14 if after else 0)] + (
+        [(after, labels[1], "tab:blue", .14)] if after else [])
     for evals, label, color, shift in groups:
         y = [names.index(n) + shift for n in evals]
         mean = [e.mean(metric) for e in evals.values()]
         low, high = zip(*(e.interval(metric) for e in evals.values()))
         ax.hlines(y, low, high, color=color, lw=2, alpha=.6)
         ax.plot(mean, y, "o", color=color, label=label, ms=6)
-        for m, h, at in zip(mean, high, y): ax.annotate(f"{m:.3f}", (h, at), (4, 0), textcoords="offset points", va="center", fontsize=8, color=color)
+        for m, h, at in zip(mean, high, y):
+            ax.annotate(f"{m:.3f}", (h, at), (4, 0), textcoords="offset points", va="center",
+                        fontsize=8, color=color)
     ax.set_yticks(range(len(names)), names, parse_math=False)   # a name may have a $ in it
     ax.set(xlabel=metric, ylim=(len(names) - .5, -.5))
     ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.tick_params(axis="y", length=0); ax.grid(axis="x", alpha=.3); ax.margins(x=.12)
-    if after: ax.legend(frameon=False, ncol=2, loc="lower left", bbox_to_anchor=(-.02, 1), borderaxespad=0)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", alpha=.3)
+    ax.margins(x=.12)
+    if after:
+        ax.legend(frameon=False, ncol=2, loc="lower left", bbox_to_anchor=(-.02, 1),
+                  borderaxespad=0)
     return ax
 
 # %% ../nbs/40_evaluation.ipynb #83d4df21
 def _fusion_loss(w, mats, relevant, ridge):
-    "Softmax cross-entropy of the mix and its gradient; mats: (n_q, n_p) each, relevant: (n_q, n_p) bool."
+    """Softmax cross-entropy of the mix and its gradient; mats: (n_q, n_p) each, relevant: (n_q,
+    n_p) bool."""
     s = sum(wm * m for wm, m in zip(w.astype(np.float32), mats))
     p = np.exp(s - s.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
-    hit = (p * relevant).sum(axis=1, keepdims=True).clip(1e-30)          # probability of a relevant passage, (n_q, 1)
-    pull = p - p * relevant / hit                                        # gradient of -log(hit) by s
+    # probability of a relevant passage, (n_q, 1)
+    hit = (p * relevant).sum(axis=1, keepdims=True).clip(1e-30)
+    # gradient of -log(hit) by s
+    pull = p - p * relevant / hit
     grad = np.array([np.vdot(pull, m) for m in mats], dtype=np.float64) / len(p)
     return float(-np.log(hit).mean()) + ridge * w @ w, grad + 2 * ridge * w
 
@@ -317,11 +367,14 @@ def fit_weights(
     qrels: list[set[int]],          # the relevant passages of each query
     ridge: float = 0.01,            # λ, strength of the pull towards small, equal weights
 ) -> dict[str, float]:              # mode to weight, >= 0, sum 1
-    "Weights for `fuse` that make the relevant passages likely. Raises ValueError on NaN, infinity or bad shapes."
+    """Weights for `fuse` that make the relevant passages likely. Raises ValueError on NaN,
+    infinity or bad shapes."""
     if not scores: raise ValueError("fit_weights needs the scores of at least one mode")
     mats = [_checked(s, qrels).astype(np.float32) for s in scores.values()]
     for name, m in zip(scores, mats):
-        if m.shape != mats[0].shape: raise ValueError(f"the scores of {name} have the shape {m.shape}, others {mats[0].shape}")
+        if m.shape != mats[0].shape:
+            raise ValueError(f"the scores of {name} have the shape {m.shape}, others "
+                             f"{mats[0].shape}")
         if not np.isfinite(m).all(): raise ValueError(f"the scores of {name} are not all finite")
     spread = np.array([m.std(axis=1).mean() or 1.0 for m in mats], dtype=np.float64)
     mats = [m / np.float32(s) for m, s in zip(mats, spread)]
@@ -340,4 +393,5 @@ def validation_metrics(
 ) -> dict[str, float]:              # "dense_nDCG@10" and so on, and "all_nDCG@10"
     "The mean of one metric for every mode and for their fitted mixture."
     everything = scores | {"all": fuse(scores, fit_weights(scores, qrels))}
-    return {f"{name}_{metric}": evaluate_scores(s, qrels, (metric,)).mean(metric) for name, s in everything.items()}
+    return {f"{name}_{metric}": evaluate_scores(s, qrels, (metric,)).mean(metric)
+            for name, s in everything.items()}

@@ -1,7 +1,8 @@
-"""Build the site: Quarto's, in _docs, where `quarto` is on the PATH, and otherwise a smoke build of the same pages and the
-same configuration with smalldocs, in _site. No notebook is executed but for its imports and exported cells, which nbdev runs
-to describe functions. The build fails when two notebooks would become the same page, when a chapter has no page, or when a
-page shows an error, a formula that is not one, Markdown that was not read as such, or a link or picture that leads nowhere."""
+"""Build the site: Quarto's, in _docs, where `quarto` is on the PATH, and otherwise a smoke build of the same pages
+and the same configuration with smalldocs, in _site. No notebook is executed but for its imports and exported cells,
+which nbdev runs to describe functions. The build fails when two notebooks would become the same page, when a chapter
+has no page, or when a page shows an error, a formula that is not one, Markdown that was not read as such, or a link
+or picture that leads nowhere."""
 import ast
 import json
 import re
@@ -31,7 +32,8 @@ def same_pages(notebooks):
     "Sentences that name the notebooks that would become one page; Quarto fails on them only after all other pages."
     by_page = {}
     for nb in notebooks: by_page.setdefault(page_name(nb), []).append(Path(nb).name)
-    return [f"{' and '.join(names)} would both become {page}.html; rename one" for page, names in by_page.items() if len(names) > 1]
+    return [f"{' and '.join(names)} would both become {page}.html; rename one" for page, names in by_page.items()
+            if len(names) > 1]
 
 
 def without_extra_links(markdown, leads_nowhere=lambda url: False):
@@ -80,7 +82,8 @@ def out_of_order(nbs):
     order = [page for pages in reading_order(nbs).values() for page in pages]
     there = sorted(p.name for p in nbs.glob("*.ipynb"))
     bad = [f"{name} is not in sidebar.yml" for name in there if order.count(name) != 1]
-    bad += [f"sidebar.yml lists {name}, which is not there" for name in order if name.endswith(".ipynb") and name not in there]
+    bad += [f"sidebar.yml lists {name}, which is not there" for name in order
+            if name.endswith(".ipynb") and name not in there]
     prose = {name: ["".join(c["source"]) for c in json.loads((nbs / name).read_text(encoding="utf-8"))["cells"]
                     if c["cell_type"] == "markdown"] for name in there}
     chapters = [name for name in order if name in prose and name != "index.ipynb"]
@@ -90,7 +93,8 @@ def out_of_order(nbs):
         last = prose[name][-1]
         links = re.findall(r"\]\((\d\d_\w+\.ipynb)\)", last)
         if not last.startswith("## What to read next"): bad.append(f"{name} does not end with what to read next")
-        elif following and links[:1] != [following]: bad.append(f"{name} leads to {links[:1]} first, and {following} comes next")
+        elif following and links[:1] != [following]: bad.append(f"{name} leads to {links[:1]} first, and {following} "
+                                                                f"comes next")
     return bad
 
 
@@ -100,7 +104,8 @@ def first_sentence(node):
 
 
 def public_names(module):
-    "(name, first line of its docstring) of the functions and classes in a module's `__all__`, in their order on the page."
+    """(name, first line of its docstring) of the functions and classes in a module's `__all__`, in their order on
+    the page."""
     tree = ast.parse(module.read_text(encoding="utf-8"))
     listed = next((ast.literal_eval(n.value) for n in tree.body
                    if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"), [])
@@ -109,14 +114,17 @@ def public_names(module):
 
 
 def api_page(nbs, package):
-    "The Markdown of the page of public names: those of `import bgem3_nb` first, then every module in the order of reading."
+    """The Markdown of the page of public names: those of `import bgem3_nb` first, then every module in the order of
+    reading."""
     init = ast.parse((package / "__init__.py").read_text(encoding="utf-8"))
     front = next(ast.literal_eval(n.value) for n in init.body
                  if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "_PUBLIC")
     modules = {m: dict(public_names(package / f"{m}.py")) for m in sorted(p.stem for p in package.glob("[a-z]*.py"))}
     order = [re.sub(r"^\d\d_|\.\w+$", "", page) for pages in reading_order(nbs).values() for page in pages]
     notebook = {page_name(p): p.name for p in nbs.glob("[0-9]*.ipynb")}
-    row = lambda name, module, says: f"| [`{name}`]({notebook[module]}#{name.lower()}) | {says.replace('|', chr(92) + '|')} |"
+    def row(name, module, says):
+        escaped = says.replace("|", chr(92) + "|")
+        return f"| [`{name}`]({notebook[module]}#{name.lower()}) | {escaped} |"
     out = ["# Public names", "", "> What can be imported, and where it is explained.", "",
            "## `from bgem3_nb import …`", "", "| name | |", "|---|---|"]
     out += [row(name, module, modules[module].get(name, "")) for name, module in front.items()]
@@ -140,13 +148,15 @@ def smalldocs(staged, site):
         try: return convert(unescape(m[2]), display="block" if m[1] == "display" else "inline")
         except Exception as e: bad.append(f"{page.name}: not a formula: {unescape(m[2])} ({type(e).__name__})")
     for page in site.glob("*.html"):
-        text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', formula, page.read_text(encoding="utf-8"), flags=re.S)
+        text = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', formula,
+                      page.read_text(encoding="utf-8"), flags=re.S)
         page.write_text(re.sub(r"<(?:link|script)[^>]*katex[^>]*>(?:</script>)?", "", text), encoding="utf-8")
     return bad + [w for w in project.warnings if "broken link" in w]
 
 
 class Page(HTMLParser):
-    "What is checked of a page: its ids, its links and pictures, its headings and formulas, and the links that are shown as Markdown."
+    """What is checked of a page: its ids, its links and pictures, its headings and formulas, and the links that are
+    shown as Markdown."""
     def __init__(self, file):
         super().__init__()
         self.file, self.ids, self.refs, self.titles, self.formulas = file, set(), [], 0, 0
@@ -187,11 +197,14 @@ def check(site, notebooks, url):
             path, _, anchor = ref.removeprefix(url + "/").partition("#")
             if not own and re.match(r"\w+:|//", ref) or ref == "#": continue
             local += 1
-            target = ((site if own else page.file.parent) / unquote(path.split("?")[0])).resolve() if path or own else page.file.resolve()
+            target = ((
+                site if own
+                else page.file.parent) / unquote(path.split("?")[0])).resolve() if path or own else page.file.resolve()
             if own and not target.exists(): target = named.get(page_name(path), target)
             if target.is_dir(): target = target / "index.html"
             if not target.is_file(): bad.append(f"{page.file.name}: {ref} leads nowhere")
-            elif anchor and target in pages and unquote(anchor) not in pages[target].ids: bad.append(f"{page.file.name}: {ref}: no such heading")
+            elif anchor and target in pages and unquote(anchor) not in pages[target].ids: bad.append(
+                f"{page.file.name}: {ref}: no such heading")
     formulas = sum(p.formulas for p in pages.values())
     return bad, f"{len(pages)} pages, {formulas} formulas, {local} local links and pictures"
 

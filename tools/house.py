@@ -1,13 +1,14 @@
-"""Measure the house rules of the notebooks: how much of the package's code a reader sees, how wide and how long cells are.
+"""Measure the house rules of the notebooks: how much of the package's code a reader sees, how wide and how long
+cells are.
 
     python tools/house.py            a line for each chapter and one for all
-    python tools/house.py --long     also every exported cell of more than 40 lines, and every wide visible line
+    python tools/house.py --check    only what breaks a rule, each with its place; exit 1 if there is any
 
-shown    share of the lines of exported functions and classes that stand on the page (`#| exports`)
-tests    share of the test calls that stand on the page
-wide     share of visible lines of code over 100 columns
-;        statements joined by `;` per 100 visible lines, cells with figures apart
-longest  lines of the longest exported cell
+shown    share of the lines of exported functions and classes that stand on the page (`#| exports`): at least 95 %
+tests    share of the test calls that stand on the page, open or folded: at least half of all
+wide     share of visible lines of code over 100 columns: none; other lines of code have at most 120
+;        statements joined by `;` per 100 visible lines, cells with figures apart: none
+longest  lines of the longest exported cell: at most 40
 words    words of prose per code cell
 """
 import ast
@@ -19,8 +20,10 @@ import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
 
-nbs = Path(__file__).resolve().parent.parent / "nbs"
-WIDTH, LENGTH = 100, 40
+root = Path(__file__).resolve().parent.parent
+nbs = root / "nbs"
+WIDTH, OTHER_WIDTH, LENGTH, SHOWN, TESTS = 100, 120, 40, .95, .5
+SCRIPTS = ("tests", "tools", "benchmarks")
 
 
 @dataclass
@@ -36,7 +39,7 @@ class Figures:
     longest: int = 0     # lines of the longest exported cell
     words: int = 0       # words of prose
     cells: int = 0       # code cells
-    places: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)   # rules, each with its place
 
     def add(self, other):
         for name, value in vars(other).items():
@@ -74,8 +77,11 @@ def test_calls(source):
 
 
 def semicolons(source):
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return sum(t.type == tokenize.OP and t.string == ";" for t in tokens)
+    "How many statements are joined; a `;` at the end of a line only keeps its value from being shown."
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    ends = (tokenize.NEWLINE, tokenize.COMMENT, tokenize.ENDMARKER)
+    return sum(t.string == ";" and t.type == tokenize.OP and after.type not in ends
+               for t, after in zip(tokens, tokens[1:]))
 
 
 def figures(path):
@@ -89,25 +95,34 @@ def figures(path):
         first = {m.split()[0].rstrip(":") for m in marks}
         exported = first & {"export", "exports", "exporti"}
         visible = not (first & {"hide", "export", "exporti", "default_exp"} or "echo: false" in marks)
-        lines = code_lines(source)
+        lines, place = code_lines(source), f"{path.name} [{cell.get('id', n)}]"
         out.cells += 1
         if exported:
             own = definitions(source)
             out.exported += own
             out.shown += own * visible
             out.longest = max(out.longest, len(lines) if own else 0)
-            if own and len(lines) > LENGTH:
-                out.places.append(f"{path.name} [{cell.get('id', n)}]: {len(lines)} lines")
-        calls = test_calls(source)
+            if own and len(lines) > LENGTH: out.broken.append(f"{place}: {len(lines)} lines in one exported cell")
+        calls, joined = test_calls(source), 0 if "plt" in source else semicolons(source)
         out.all_tests += calls
         out.tests += calls * visible
+        wide = [line for line in lines if len(line) > (WIDTH if visible else OTHER_WIDTH)]
+        out.broken += [f"{place}: {len(line)} columns: {line.strip()[:60]}" for line in wide]
+        if joined: out.broken.append(f"{place}: {joined} statements joined by `;`")
         if not visible: continue
         out.lines += len(lines)
-        wide = [line for line in lines if len(line) > WIDTH]
         out.wide += len(wide)
-        out.places += [f"{path.name} [{cell.get('id', n)}]: {len(w)} columns: {w.strip()[:60]}" for w in wide]
-        if "plt" not in source: out.joined += semicolons(source)
+        out.joined += joined
+    if out.exported and out.shown < SHOWN * out.exported:
+        out.broken.append(f"{path.name}: {out.shown / out.exported:.0%} of its package code is on the page")
     return out
+
+
+def wide_scripts():
+    "Lines of tests and tools that are too wide, each with its place."
+    return [f"{path.relative_to(root)}, line {i}: {len(line)} columns" for folder in SCRIPTS
+            for path in sorted((root / folder).rglob("*.py"))
+            for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > OTHER_WIDTH]
 
 
 def main():
@@ -115,9 +130,14 @@ def main():
     each = {p.name: figures(p) for p in sorted(nbs.glob("*.ipynb"))}
     every = Figures()
     for f in each.values(): every.add(f)
+    if "--check" in sys.argv:
+        broken = every.broken + wide_scripts()
+        if every.tests < TESTS * every.all_tests:
+            broken.append(f"{every.tests / every.all_tests:.0%} of the test calls are on the pages")
+        if broken: sys.exit("\n".join(broken))
+        return print("the notebooks keep the rules of the house")
     for row in [names, *(f.row(name) for name, f in each.items()), every.row("all")]:
         print(f"{row[0]:24}" + "".join(f"{c:>9}" for c in row[1:]))
-    if "--long" in sys.argv: print(*every.places, sep="\n")
 
 
 if __name__ == "__main__": main()

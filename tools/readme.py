@@ -1,4 +1,5 @@
-"""Make README.md from nbs/index.ipynb, without Quarto: prose, code and text outputs, with links that work on the repository's page.
+"""Make README.md from nbs/index.ipynb, without Quarto: prose, code and text outputs, with links that work on the
+repository's page.
 
     python tools/readme.py            write README.md
     python tools/readme.py --check    exit 1 when README.md is not what would be written
@@ -32,7 +33,8 @@ def readme():
     for cell in nbformat.read(source, as_version=4).cells:
         if cell.cell_type == "markdown": parts.append(re.sub(r"(\]\(|src=\")(?!\w+:|[/#])", r"\1nbs/", cell.source))
         if cell.cell_type != "code" or HIDDEN.search(cell.source): continue
-        parts.append("```python\n" + "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")) + "\n```")
+        parts.append("```python\n" + "\n".join(line for line in cell.source.splitlines()
+                                               if not line.startswith("#|")) + "\n```")
         for output in cell.outputs:
             if picture := output.get("data", {}).get("image/png"):
                 name = f"nbs/images/readme_{len(pictures) + 1}.png"
