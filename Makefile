@@ -4,7 +4,7 @@ CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help run test docs readme clean
+.PHONY: help run test docs readme release clean
 
 help:  ## what there is
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -28,6 +28,11 @@ docs: .venv/.ready  ## the site: _docs with Quarto on the PATH, else a smoke bui
 
 readme: .venv/.ready  ## README.md from nbs/index.ipynb
 	$(BIN)/python tools/readme.py
+
+release: .venv/.ready  ## VERSION=0.2.0: set it, build and check the packages, commit, tag; pushes nothing
+	$(BIN)/python tools/release.py --check $(VERSION)
+	$(BIN)/python tools/test.py packages
+	$(BIN)/python tools/release.py $(VERSION)
 
 clean:  ## remove what was built; the environment and data/runs stay
 	rm -rf build dist *.egg-info _proc _docs _site .pytest_cache

@@ -4,23 +4,38 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from time import process_time
 
 import pytest
+from hypothesis import settings
 from nbformat import write
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 REPO = Path(__file__).parent.parent
 OFFLINE = REPO / "tests" / "offline"
 LAUNCHER = [sys.executable, "-c", "import sys; from bgem3_nb.jobs import main; sys.exit(main())"]
-SETTINGS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+SETTINGS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false"}
 
 os.environ.update(SETTINGS)
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)   # started in a shell's background; children inherit it
+settings.register_profile("no clock", deadline=None)     # on a busy machine an example may take any time
+settings.load_profile("no clock")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:     # started in a shell's background; children inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(REPO))
 if "sitecustomize" not in sys.modules or not hasattr(sys.modules["sitecustomize"], "is_local"):  # pytest run by hand
     sys.path.insert(0, str(OFFLINE))
     sys.modules.pop("sitecustomize", None)
     import sitecustomize  # noqa: F401
+
+
+def processor_seconds(task):
+    "The least processor time of three runs of a task: what others do on the machine hardly moves it."
+    def once():
+        start = process_time()
+        task()
+        return process_time() - start
+    return min(once() for _ in range(3))
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 "Spans of any text: sentences, passages and windows leave nothing out, and long texts are split in linear time."
 import re
-import time
 import unicodedata
 from types import SimpleNamespace
 
@@ -8,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import processor_seconds
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
@@ -153,8 +153,5 @@ def test_a_tokenizer_without_characters_is_named(encoder):
 
 @pytest.mark.parametrize("unit", ["a. b ", "a.\n", "Mr. ", "1) ", "....", " \n", "word "])
 def test_splitting_takes_linear_time(unit):
-    def seconds(n):
-        start = time.perf_counter()
-        sentence_spans(unit * n)
-        return time.perf_counter() - start
-    assert min(seconds(32000) for _ in range(3)) < 12 * min(seconds(8000) for _ in range(3)) + .05
+    few, many = (processor_seconds(lambda: sentence_spans(unit * n)) for n in (8_000, 32_000))
+    assert many < 12 * few       # four times the text; quadratic time would be sixteen times as long

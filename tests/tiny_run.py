@@ -1,5 +1,6 @@
 """A training run of a tiny model on real rows, started as a process of its own by `test_training.py`."""
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,56 +20,71 @@ def tiny_model():
     "A random two-layer XLM-R with the real tokenizer."
     _, tokenizer = load_backbone(embedded_path(progress=False))
     torch.manual_seed(0)
-    config = XLMRobertaConfig(vocab_size=250037, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, max_position_embeddings=70)
+    config = XLMRobertaConfig(vocab_size=250037, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                              intermediate_size=32, max_position_embeddings=70)
     model = M3Model(XLMRobertaModel(config, add_pooling_layer=False), tokenizer, M3Config("mean"))
     init_heads(model, seed=0)
     return model
 
 
 def found_first(scores, qrels):
-    return {f"{m}_R@1": float(np.mean([s[i].argmax() in rel for i, rel in enumerate(qrels)])) for m, s in scores.items()}
+    return {f"{m}_R@1": float(np.mean([s[i].argmax() in rel for i, rel in enumerate(qrels)]))
+            for m, s in scores.items()}
 
 
 def trainer(out, **settings):
     "A trainer on the first rows of law; every third row has the positive of another as a hard negative."
     rows = [json.loads(line) for line in LAW.read_text(encoding="utf-8").splitlines()[:24]]
-    rows = [{"query": r["query"], "pos": r["pos"], "neg": rows[i - 5]["pos"] if i % 3 == 0 else []} for i, r in enumerate(rows)]
-    search = SimpleNamespace(queries=[r["query"] for r in rows], passages=[r["pos"][0] for r in rows], qrels=[{i} for i in range(len(rows))])
+    rows = [{"query": r["query"], "pos": r["pos"], "neg": rows[i - 5]["pos"] if i % 3 == 0 else []}
+            for i, r in enumerate(rows)]
+    search = SimpleNamespace(queries=[r["query"] for r in rows], passages=[r["pos"][0] for r in rows],
+                             qrels=[{i} for i in range(len(rows))])
     args = M3TrainingArguments(output_dir=str(out), **{**dict(
-        per_device_train_batch_size=8, learning_rate=1e-3, warmup_steps=2, lr_scheduler_type="cosine", negatives=1, passage_length=64, search_length=64, freeze_embeddings=True,
+        per_device_train_batch_size=8, learning_rate=1e-3, warmup_steps=2, lr_scheduler_type="cosine", negatives=1,
+        passage_length=64, search_length=64, freeze_embeddings=True,
         precision="fp32", report_to="none", disable_tqdm=True, use_cpu=True, seed=3, logging_steps=1), **settings})
     return M3Trainer(tiny_model(), args, train_dataset=rows, eval_dataset=search, compute_metrics=found_first)
 
 
 def whole(out):
     "A run with validations and checkpoints; resumes whatever it finds, and ends by writing its history."
-    run = trainer(out, max_steps=9, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, save_total_limit=2, dropout=True, distill_start=4,
+    run = trainer(out, max_steps=9, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+                  save_total_limit=2, dropout=True, distill_start=4,
                   load_best_model_at_end=True, metric_for_best_model="dense_R@1")
     run.train(resume_from_checkpoint=True)
     timed = ("runtime", "per_second", "train_loss")   # transformers sums `train_loss` over the last process alone
     history = [{k: v for k, v in h.items() if not any(t in k for t in timed)} for h in run.state.log_history]
     weights = {n: p.double().sum().item() for n, p in run.model.state_dict().items()}
-    (Path(out) / "history.json").write_text(json.dumps({"log": history, "weights": weights, "best": run.state.best_metric}))
+    found = {"log": history, "weights": weights, "best": run.state.best_metric}
+    (Path(out) / "history.json").write_text(json.dumps(found))
 
 
 def gradients(out, cached):
     "The gradients of one step, written by the first process."
-    world = int(__import__("os").environ.get("WORLD_SIZE", 1))
-    run, kept = trainer(out, max_steps=1, per_device_train_batch_size=12 // world, cached=cached, chunk_tokens=200, save_strategy="no", max_grad_norm=0, symmetric=True), {}
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    run = trainer(out, max_steps=1, per_device_train_batch_size=12 // world, cached=cached, chunk_tokens=200,
+                  save_strategy="no", max_grad_norm=0, symmetric=True)
+    kept = {}
 
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            kept.update({n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+            kept.update({n.removeprefix("module."): p.grad.clone()
+                         for n, p in model.named_parameters() if p.grad is not None})
     run.add_callback(Keep())
     run.train()
-    if run.is_world_process_zero(): torch.save(kept | {"loss": torch.tensor(run.state.log_history[0]["loss"])}, Path(out) / f"gradients-{world}-{int(cached)}.pt")
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()   # its threads, at the end of a process, can abort it
+    if run.is_world_process_zero():
+        kept["loss"] = torch.tensor(run.state.log_history[0]["loss"])
+        torch.save(kept, Path(out) / f"gradients-{world}-{int(cached)}.pt")
+    if torch.distributed.is_initialized():     # its threads can abort a process that ends, after all is written
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def tracked(out):
     "A short run that reports to TensorBoard."
-    trainer(out, max_steps=3, report_to="tensorboard", save_strategy="no", eval_strategy="steps", eval_steps=3, patience=2, metric_for_best_model="dense_R@1",
-            same_source=True, group_lengths=True).train()
+    trainer(out, max_steps=3, report_to="tensorboard", save_strategy="no", eval_strategy="steps", eval_steps=3,
+            patience=2, metric_for_best_model="dense_R@1", same_source=True, group_lengths=True).train()
 
 
 if __name__ == "__main__":
