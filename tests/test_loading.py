@@ -1,4 +1,5 @@
-"""A checkpoint's own settings: sentence-transformers' files give sentence-transformers' vectors, what is not stated is asked for, trained heads stay."""
+"""A checkpoint's own settings: sentence-transformers' files give sentence-transformers' vectors, what is not stated is
+asked for, trained heads stay."""
 import json
 import shutil
 import warnings
@@ -26,11 +27,12 @@ def body(tmp_path_factory):
     rules.pre_tokenizer = pre_tokenizers.Whitespace()
     rules.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>",
                                                          special_tokens=[("<s>", 0), ("</s>", 2)])
-    PreTrainedTokenizerFast(tokenizer_object=rules, bos_token="<s>", eos_token="</s>", cls_token="<s>", sep_token="</s>", pad_token="<pad>",
-                            unk_token="<unk>").save_pretrained(path)
+    PreTrainedTokenizerFast(tokenizer_object=rules, bos_token="<s>", eos_token="</s>", cls_token="<s>",
+                            sep_token="</s>", pad_token="<pad>", unk_token="<unk>").save_pretrained(path)
     torch.manual_seed(0)
-    XLMRobertaModel(XLMRobertaConfig(vocab_size=len(words), hidden_size=D, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
-                                     max_position_embeddings=42, pad_token_id=1, bos_token_id=0, eos_token_id=2)).save_pretrained(path)
+    XLMRobertaModel(XLMRobertaConfig(
+        vocab_size=len(words), hidden_size=D, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=42, pad_token_id=1, bos_token_id=0, eos_token_id=2)).save_pretrained(path)
     return path
 
 
@@ -74,15 +76,18 @@ def unit(x): return x / np.linalg.norm(x, axis=1, keepdims=True)
 def test_vectors_are_those_of_sentence_transformers(name, tmp_path, body):
     theirs = saved(tmp_path, body, name.split(",")[0], AFTER[name], prompts={"query": "w11 w12 ", "document": "w13 "})
     ours = M3Encoder.from_pretrained(tmp_path, new_heads="identity", dtype=torch.float32, progress=False)
-    assert ours.max_length == theirs.max_seq_length == 9 and max(map(len, ours.tokenize(TEXTS))) == 9
+    assert ours.max_length == theirs.max_seq_length == 9
+    assert max(map(len, ours.tokenize(TEXTS))) == 9
     np.testing.assert_allclose(ours.encode(TEXTS).dense, unit(theirs.encode(TEXTS)), atol=1e-5)
     np.testing.assert_allclose(ours.encode_queries(TEXTS).dense, unit(theirs.encode_query(TEXTS)), atol=1e-5)
     np.testing.assert_allclose(ours.encode_passages(TEXTS).dense, unit(theirs.encode_document(TEXTS)), atol=1e-5)
-    assert abs(ours.encode(TEXTS).dense - ours.encode_queries(TEXTS).dense).max() > 1e-3        # the prompt is not nothing
+    without_prompt = ours.encode(TEXTS).dense
+    assert abs(without_prompt - ours.encode_queries(TEXTS).dense).max() > 1e-3
 
-    ours.model.save_pretrained(tmp_path / "again")                                             # in our own layout, with the same settings
+    ours.model.save_pretrained(tmp_path / "again")        # in our own layout, with the same settings
     again = M3Encoder.from_pretrained(tmp_path / "again", dtype=torch.float32, progress=False)
-    assert again.model.config == ours.model.config and again.max_length == 9
+    assert again.model.config == ours.model.config
+    assert again.max_length == 9
     np.testing.assert_allclose(again.encode_queries(TEXTS).dense, ours.encode_queries(TEXTS).dense, atol=1e-6)
 
 
@@ -90,7 +95,8 @@ FLAGS = ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens", "weig
 
 
 def as_older_versions(path, body, out):
-    "The same checkpoint in the layout of older versions: flags for the pooling, the length in its own file, the encoder in a directory, pickled weights."
+    """The same checkpoint in the layout of older versions: flags for the pooling, the length in its own file, the
+    encoder in a directory, pickled weights."""
     shutil.copytree(path, out)
     modules = json.loads((out / "modules.json").read_text())
     modules[0]["path"] = "0_Transformer"
@@ -115,18 +121,22 @@ def test_the_layout_of_older_versions(mode, tmp_path, body):
     old = as_older_versions(tmp_path / "new", body, tmp_path / "old")
     theirs = library()[0].SentenceTransformer(str(old), device="cpu", local_files_only=True)
     ours = M3Encoder.from_pretrained(old, new_heads="identity", dtype=torch.float32, progress=False)
-    assert ours.max_length == theirs.max_seq_length == 9 and ours.model.config.passage_prompt == "w13 "
+    assert ours.max_length == theirs.max_seq_length == 9
+    assert ours.model.config.passage_prompt == "w13 "
     np.testing.assert_allclose(ours.encode_queries(TEXTS).dense, theirs.encode_query(TEXTS), atol=1e-5)
-    np.testing.assert_allclose(ours.encode_passages(TEXTS).dense, theirs.encode(TEXTS, prompt_name="passage"), atol=1e-5)
+    wanted = theirs.encode(TEXTS, prompt_name="passage")
+    np.testing.assert_allclose(ours.encode_passages(TEXTS).dense, wanted, atol=1e-5)
 
 
 REFUSED = {
     "max": ("max", AFTER["mean"], {}, "1_Pooling/config.json: the pooling mode max is not one"),
     "two modes": (("cls", "mean"), AFTER["mean"], {}, "the pooling mode cls and mean is not one"),
-    "an activation": ("mean", lambda m: [m.Normalize(), dense(m, False, activation=torch.nn.Tanh())], {}, r"2_.*Dense.*Tanh|3_.*Tanh"),
+    "an activation": ("mean", lambda m: [m.Normalize(), dense(m, False, activation=torch.nn.Tanh())], {},
+                      r"2_.*Dense.*Tanh|3_.*Tanh"),
     "a bias": ("mean", lambda m: [dense(m, True), m.Normalize()], {}, "2_Dense/config.json: a Dense with a bias"),
     "two maps": ("mean", lambda m: [dense(m, False, D), dense(m, False)], {}, "Dense, Dense cannot be read"),
-    "other lengths": ("mean", lambda m: [], {"similarity_fn_name": "dot"}, "no module Normalize, and the checkpoint compares vectors by dot"),
+    "other lengths": ("mean", lambda m: [], {"similarity_fn_name": "dot"},
+                      "no module Normalize, and the checkpoint compares vectors by dot"),
 }
 
 
@@ -135,15 +145,19 @@ def test_what_the_model_cannot_express_is_named(name, tmp_path, body):
     pooling, after, settings, message = REFUSED[name]
     saved(tmp_path, body, pooling, after, **settings)
     with pytest.raises(ValueError, match=message) as error: M3Model.from_pretrained(tmp_path, new_heads="identity")
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-    if name in ("max", "two modes"): assert M3Model.from_pretrained(tmp_path, new_heads="identity", pooling="mean").config.pooling == "mean"
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+    if name in ("max", "two modes"):
+        chosen = M3Model.from_pretrained(tmp_path, new_heads="identity", pooling="mean")
+        assert chosen.config.pooling == "mean"
 
 
 @pytest.mark.parametrize("file, change, message", [
     ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt is false"),
     ("sentence_bert_config.json", {"do_lower_case": True}, "do_lower_case is true"),
     ("2_Dense/config.json", {"use_residual": True}, "without residual"),
-    ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "only a Dense from and to the sentence embedding"),
+    ("2_Dense/config.json", {"module_input_name": "token_embeddings"},
+     "only a Dense from and to the sentence embedding"),
     ("2_Dense/config.json", {"in_features": 7}, "not the Dense of its config.json"),
     ("2_Dense/config.json", {"out_features": "many"}, "not the Dense of its config.json"),
     ("modules.json", [{"type": "sentence_transformers.models.CNN", "path": ""}], "the module CNN cannot be expressed"),
@@ -167,13 +181,16 @@ def test_settings_that_cannot_be_read(file, change, message, tmp_path, body):
 def test_a_pooling_that_nothing_states_is_asked_for(tmp_path, body):
     shutil.copytree(body, tmp_path, dirs_exist_ok=True)
     for load in (M3Model.from_pretrained, M3Encoder.from_pretrained):
-        with pytest.raises(ValueError, match='nothing here states how the dense vector is pooled.*pooling="cls", "mean"'): load(tmp_path, new_heads="identity")
+        message = 'nothing here states how the dense vector is pooled.*pooling="cls", "mean"'
+        with pytest.raises(ValueError, match=message): load(tmp_path, new_heads="identity")
     vectors = {}
     for pooling in ("cls", "mean", "last"):
-        encoder = M3Encoder.from_pretrained(tmp_path, new_heads="identity", pooling=pooling, dtype=torch.float32, progress=False)
-        assert encoder.model.config == M3Config(pooling) and encoder.max_length == 40      # its positions, since nothing states less
+        encoder = M3Encoder.from_pretrained(tmp_path, new_heads="identity", pooling=pooling, dtype=torch.float32,
+                                            progress=False)
+        assert encoder.model.config == M3Config(pooling)
+        assert encoder.max_length == 40                        # its positions, since nothing states less
         vectors[pooling] = encoder.encode(TEXTS[:2]).dense
-    assert abs(vectors["cls"] - vectors["mean"]).max() > .01 and abs(vectors["last"] - vectors["mean"]).max() > .01
+    for other in ("cls", "last"): assert abs(vectors[other] - vectors["mean"]).max() > .01
     with EncoderPool(encoder.model, ["cpu"], dtype=torch.float32, progress=False, pooling="mean") as pool:
         np.testing.assert_allclose(pool.encode(TEXTS[:2]).dense, vectors["mean"], atol=1e-6)
 
@@ -196,12 +213,17 @@ def test_trained_heads_stay_until_replacing_is_asked_for(tmp_path, body, capsys)
     model = M3Model.from_pretrained(body, new_heads="random", pooling="cls", seed=5)
     model.save_pretrained(tmp_path)
     for start in ("", "identity", "random"):
-        for load in (M3Model.from_pretrained, lambda *a, **kw: M3Encoder.from_pretrained(*a, **kw, progress=False).model):
+        by_encoder = lambda *a, **kw: M3Encoder.from_pretrained(*a, **kw, progress=False).model
+        for load in (M3Model.from_pretrained, by_encoder):
             again = load(tmp_path, new_heads=start)
-            assert again.started_heads == () and torch.equal(again.multi_head.weight, model.multi_head.weight)
+            assert again.started_heads == ()
+            assert torch.equal(again.multi_head.weight, model.multi_head.weight)
             assert torch.equal(again.lexical_head.weight, model.lexical_head.weight)
     assert capsys.readouterr().out == ""
     anew = M3Encoder.from_pretrained(tmp_path, new_heads="identity", replace_heads=True, progress=False).model
-    assert torch.equal(anew.multi_head.weight, torch.eye(D)) and not torch.equal(anew.lexical_head.weight, model.lexical_head.weight)
-    assert capsys.readouterr().out == f"{tmp_path}: the trained heads of sparse_linear.pt and colbert_linear.pt are replaced by new ones\n"
-    with pytest.raises(ValueError, match="choose one of identity, random"): M3Model.from_pretrained(tmp_path, new_heads="zeros")
+    assert torch.equal(anew.multi_head.weight, torch.eye(D))
+    assert not torch.equal(anew.lexical_head.weight, model.lexical_head.weight)
+    said = "the trained heads of sparse_linear.pt and colbert_linear.pt are replaced by new ones"
+    assert capsys.readouterr().out == f"{tmp_path}: {said}\n"
+    with pytest.raises(ValueError, match="choose one of identity, random"):
+        M3Model.from_pretrained(tmp_path, new_heads="zeros")
