@@ -18,10 +18,10 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 
 from .backbone import pick_dtype
-from .encoding import Embeddings, PARTS, row_numbers
+from .encoding import Embeddings, EMBEDDING_PARTS, row_numbers
 from .model import OUTPUTS
 from .scoring import (
-    all_scores, check_finite, check_model, fuse, named_weights, on_cores, pair_scores)
+    all_scores, check_finite, check_model, fuse, named_weights, map_over_cores, pair_scores)
 
 # %% ../nbs/30_exact_search.ipynb #1499a997
 @dataclass
@@ -78,7 +78,7 @@ def select_outputs(
     "Keep some of the outputs; nothing is copied."
     if outputs is None: return e
     parts = {*outputs, *(("offsets",) if "multi" in outputs else ())}
-    kept = {part: getattr(e, part) for part in PARTS if part in parts}
+    kept = {part: getattr(e, part) for part in EMBEDDING_PARTS if part in parts}
     return Embeddings(**kept, model=e.model)
 
 def _read_texts(
@@ -256,7 +256,7 @@ def _largest(corpus, centre, dtype):
     def work(start):
         p, low = _block(corpus, start, centre, dtype, "passage")
         norms.append([x.float().norm(dim=1).max().item() for x in (p, low, p - low.float())])
-    on_cores(work, list(range(0, len(corpus), _PASSAGES)))
+    map_over_cores(work, list(range(0, len(corpus), _PASSAGES)))
     return np.max(norms, axis=0)
 
 def _error(q, low, largest, centre):
@@ -378,9 +378,9 @@ def top_dense(
     size = max(1, min(-(-n // torch.get_num_threads()), int(np.clip(2**17 // k, 256, 1024))))
     with tqdm(total=n, desc="search", disable=not progress) as bar, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support")
-        on_cores(work, parts(np.arange(n), size))
+        map_over_cores(work, parts(np.arange(n), size))
         left = np.sort(np.concatenate(again))
-        on_cores(lambda rows: work(rows, False), parts(left, int(np.clip(8_000_000 // m, 1, 512))))
+        map_over_cores(lambda rows: work(rows, False), parts(left, int(np.clip(8_000_000 // m, 1, 512))))
     return Candidates(scores, passages, "dense")
 
 # %% ../nbs/30_exact_search.ipynb #d0924cec

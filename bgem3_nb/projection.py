@@ -28,7 +28,7 @@ from .encoding import M3Encoder
 from .files import set_modes
 from .losses import info_nce
 from .model import (
-    default_length, M3Model, pool, ProjectionHead, read_tensors, write_tensors)
+    default_length, M3Model, pool_states, ProjectionHead, read_tensors, write_tensors)
 from .text import fold
 
 # %% ../nbs/16_projection.ipynb #a2f0d2e6
@@ -593,7 +593,7 @@ def run(self: TopLayers,
         for layer in self.layers:
             hidden = layer(hidden, bias)
             if isinstance(hidden, tuple): hidden = hidden[0]
-    return F.normalize(pool(hidden.float(), mask.long(), self.pooling), dim=-1)
+    return F.normalize(pool_states(hidden.float(), mask.long(), self.pooling), dim=-1)
 
 # %% ../nbs/16_projection.ipynb #80d25af2
 class M3WithHead(M3Model):
