@@ -148,7 +148,7 @@ def _record(row, fields, number):
 # %% ../nbs/23_formats.ipynb #daaba4f6
 def _records(path, kinds, counts, rejected, aliases=None, notes=None, reader=None):
     "The checked records of a file as Arrow tables with a column `line`; counts them in `counts`."
-    path, fields = Path(path) if reader else _readable(path, READERS), _Fields(kinds, aliases)
+    path, fields = _readable(path, (*READERS, ".txt") if reader else READERS), _Fields(kinds, aliases)
     count = counts[path.name] = {"in": 0, "out": 0, "rejected": 0}
     for table, placed, numbers in (reader or READERS[path.suffix.lower()])(path, fields):
         try: batch, bad = (_record_batch(table, numbers, fields), 0) if table is not None else (None, 0)
@@ -509,7 +509,8 @@ def _cell(value): return value if isinstance(value, str) else json.dumps(value, 
 
 def _chunks(path, counts, rejected):
     "The chunks of document_metadata.json as a table: id, title, text, then what is said of documents and chunks."
-    try: data = json.loads(path.read_text(encoding="utf-8-sig"))
+    try: data = json.loads(_readable(path, (".json",)).read_text(encoding="utf-8-sig"))
+    except RowError: raise
     except (ValueError, RecursionError) as e: raise RowError(f"not valid JSON ({e}); write one object with a list 'documents'", path) from None
     documents, chunks, bad = data.get("documents") if isinstance(data, dict) else data, [], 0
     if not isinstance(documents, list): raise RowError("expected a list 'documents'", path, field="documents")

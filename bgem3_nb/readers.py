@@ -264,7 +264,20 @@ def _readable(path, endings):
         raise RowError("no such file; " + (f"did you mean '{near[0]}'?" if near else "check the path"), path)
     if path.suffix.lower() not in endings:
         raise RowError(f"unknown format '{path.suffix}'; it must be one of {', '.join(endings)}", path)
+    if _starts_with(path, b"version https://git-lfs"):
+        raise RowError("a Git LFS pointer, not the file itself; "
+                       "run git lfs pull in its repository, or download the file", path)
     return path
+
+def _starts_with(path, start):
+    "Whether a file begins with these bytes; raises RowError where it cannot be opened."
+    try:
+        with open(path, "rb") as f: return f.read(len(start)) == start
+    except OSError as e: raise _cannot_read(path, e) from None
+
+def _cannot_read(path, error):
+    "The RowError for a file that the system does not let us read."
+    return RowError(f"cannot be read ({error.strerror or error}); check the file and its permissions", path)
 
 # %% ../nbs/21_readers.ipynb #326e6de3
 def read_batches(
@@ -291,7 +304,7 @@ def read_batches(
                 first = False
                 found += len(batch); bar.update(len(batch))
                 if len(batch): yield batch
-    except OSError as e: raise RowError(f"cannot be read ({e.strerror or e}); check the file and its permissions", path) from None
+    except OSError as e: raise _cannot_read(path, e) from None
     if not found and not (rejected and rejected.count > before): raise RowError("the file holds no rows", path)
 
 # %% ../nbs/21_readers.ipynb #fdd23fee
