@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 
@@ -184,11 +185,15 @@ def _without(table, bad, reason, path, counts, rejected, field):
         if rejected is None: raise RowError(reason(row), path, line, field)
         rejected.add(row, reason(row), path, line, field)
     counts[Path(path).name]["out"] -= int(bad.sum()); counts[Path(path).name]["rejected"] += int(bad.sum())
-    return table.filter(pa.array(~bad))
+    return table.filter(pa.array(~bad)) if bad.any() else table
 
 def _bools(a): return a.to_numpy(zero_copy_only=False).astype(bool)
 
-def _folded(texts): return pa.array([fold(t) for t in texts.to_pylist()], TEXT)
+def _fold_keys(texts):
+    "A hash of each text when folded, 32 letters: equal where the folded texts are, and no second copy of them."
+    blocks = (texts.slice(a, 1_000).to_pylist() for a in range(0, len(texts), 1_000))
+    key = lambda text: blake2b(fold(text).encode(), digest_size=16).hexdigest()
+    return pa.array([key(text) for block in blocks for text in block], TEXT)
 
 # %% ../nbs/23_formats.ipynb #fac5f60b
 def _columns_of(path):
@@ -342,7 +347,7 @@ def _labelled(path, columns, labels, nfc, rejected):
         if 0 < len(names) < 9: notes.append(f"{path.name}: {columns[2]} {_and(names)} makes a {word}")
     if n := int(np.isnan(value).sum()): notes.append(f"{n} pairs are neither positive nor negative and are in no row")
     pairs, value = pairs.filter(pa.array(~np.isnan(value))), value[~np.isnan(value)]
-    keys, good = _folded(pairs["query"]), value > .5
+    keys, good = _fold_keys(pairs["query"]), value > .5
     orphan = ~_bools(pc.is_in(keys, keys.filter(pa.array(good))))
     reason = lambda row: "no pair of this query is labelled as a positive; give one, or remove the pairs"
     pairs = _without(pairs, orphan, reason, path, counts, rejected, columns[2])
@@ -432,8 +437,10 @@ def _beir(folder, rejected, split=None, nfc=True):
     qrels = _qrels(file, queries, corpus, counts, rejected, notes)
     if others: notes.append(f"judgements of {file.stem}; there are also {', '.join(others)}")
     bare, untitled = (pc.equal(pc.utf8_trim_whitespace(corpus[c]), "") for c in ("text", "title"))
-    both = _join(corpus["title"], corpus["text"], "\n")
-    text = pc.if_else(untitled, corpus["text"], pc.if_else(bare, corpus["title"], both))
+    text = corpus["text"]
+    if not pc.all(untitled).as_py():
+        both = pc.if_else(bare, corpus["title"], _join(corpus["title"], text, "\n"))
+        text = pc.if_else(untitled, text, both)
     corpus = pa.table({"id": corpus["_id"], "title": corpus["title"], "text": text})
     queries = pa.table({"id": queries["_id"], "text": queries["text"]})
     qrels = qrels.rename_columns(["query_id", "corpus_id", "score", "line"])
@@ -446,8 +453,7 @@ def _with_own_id(path, kinds, counts, rejected, notes):
     nameless, reason = _bools(pc.equal(table["_id"], "")), lambda row: "missing field; give each record an _id"
     table = _without(table, nameless, reason, path, counts, rejected, "_id")
     if "title" in kinds:
-        joined = _join(table["title"], table["text"], "")
-        blank = _bools(pc.equal(pc.utf8_trim_whitespace(joined), ""))
+        blank = np.logical_and(*(_bools(pc.equal(pc.utf8_trim_whitespace(table[c]), "")) for c in ("title", "text")))
         reason = lambda row: "neither a text nor a title; fill one in, or remove the document"
         table = _without(table, blank, reason, path, counts, rejected, "text")
     reason = lambda row: f"the id {row['_id']!r} has stood before, with another text; make ids unique"
@@ -473,21 +479,22 @@ def _unique(table, keys, reason, path, counts, rejected, notes):
     codes = key.dictionary_encode().indices.to_numpy()
     first = np.unique(codes, return_index=True)[1][codes] if len(codes) else codes
     again = first != np.arange(len(codes))
-    same = np.ones(len(codes), bool)
+    same, at = np.ones(len(codes), bool), np.flatnonzero(again)
     for name in set(table.column_names) - {"line"}:
         column = _column(table, name)
-        same &= _bools(pc.equal(column, column.take(pa.array(first))))
+        same[at] &= _bools(pc.equal(column.take(pa.array(at)), column.take(pa.array(first[at]))))
     table = _without(table, again & ~same, reason, path, counts, rejected, "_id" if "_id" in keys else "score")
     repeated = (again & same)[~(again & ~same)]
     if n := int(repeated.sum()): notes.append(f"{path.name}: {n} records repeat another one and count once")
-    return table.filter(pa.array(~repeated))
+    return table.filter(pa.array(~repeated)) if repeated.any() else table
 
 def _judged(corpus, queries, qrels, source, counts, notes):
     "Collection from a corpus, queries and judgements that fit together."
     at, of = (pc.index_in(qrels[c], _column(t, "id")) for c, t in (("corpus_id", corpus), ("query_id", queries)))
     good = _bools(pc.fill_null(pc.greater(qrels["score"], 0), True))
     answered = _bools(pc.is_in(qrels["query_id"], _column(qrels, "query_id").filter(pa.array(good)))) if len(qrels) else good
-    pairs = pa.table({"query": queries["text"].take(of), "text": corpus["text"].take(at)}).filter(pa.array(answered))
+    at, of = (numbers.filter(pa.array(answered)) for numbers in (at, of))
+    pairs = pa.table({"query": queries["text"].take(of), "text": corpus["text"].take(at)})
     keep = lambda column: _column(qrels, column).filter(pa.array(answered))
     rows = _grouped(pairs, keep("query_id"), good[answered], source, keep("corpus_id"), keep("query_id"))
     if n := len(pc.unique(qrels["query_id"])) - len(rows): notes.append(f"{n} queries have no relevant passage and are in no row")
@@ -551,7 +558,7 @@ def _chunks_of(document, number, path):
         yield made
 
 # %% ../nbs/23_formats.ipynb #5d45f3de
-def _pair_keys(table): return _join(_folded(table["query"]), _folded(table["positive"]), "\x1f")
+def _pair_keys(table): return _join(_fold_keys(table["query"]), _fold_keys(table["positive"]), "\x1f")
 
 def _with_own_pairs(pairs, negatives, notes):
     "The pairs, and behind them those that only hard negatives name."
@@ -567,7 +574,7 @@ def _with_own_pairs(pairs, negatives, notes):
 
 def _random_negatives(pairs, lacking, pool, seed):
     "For each row in `lacking` the position of a passage in `pool` that is no positive of its query; -1 where there is none."
-    rng, keys, queries, texts = np.random.default_rng(seed), _pair_keys(pairs), _folded(pairs["query"]).take(pa.array(lacking)), _folded(pool)
+    rng, keys, queries, texts = np.random.default_rng(seed), _pair_keys(pairs), _fold_keys(pairs["query"]).take(pa.array(lacking)), _fold_keys(pool)
     drawn = np.full(len(lacking), -1)
     for _ in range(50):
         open_ = np.flatnonzero(drawn < 0)
@@ -609,7 +616,7 @@ def _where_all(values, known, lengths):
 
 def _chunk_ids(texts, corpus, given=None):
     "The id of the chunk with each text, or the one given; empty where there is none."
-    at = pc.index_in(_folded(texts), _folded(_column(corpus, "text")))
+    at = pc.index_in(_fold_keys(texts), _fold_keys(_column(corpus, "text")))
     found = pc.fill_null(_column(corpus, "id").cast(TEXT).take(at), "")
     return found if given is None else pc.if_else(pc.equal(given, ""), found, given)
 
@@ -632,7 +639,7 @@ def _company(folder, rejected, seed=0, nfc=True):
 def _positives_as_corpus(pairs, evaluation):
     "Distinct positives as a corpus, under their chunk ids or a number."
     texts, ids = (pa.concat_arrays([_column(evaluation, c), _column(pairs, c)]) for c in ("positive", "chunk_id"))
-    first = np.unique(_folded(texts).dictionary_encode().indices.to_numpy(), return_index=True)[1]
+    first = np.unique(_fold_keys(texts).dictionary_encode().indices.to_numpy(), return_index=True)[1]
     texts, ids = texts.take(pa.array(first)), ids.take(pa.array(first)).to_pylist()
     return pa.table({"id": [i or f"p{n}" for n, i in enumerate(ids)], "title": [""] * len(ids), "text": texts})
 
@@ -644,9 +651,9 @@ def _with_evaluation(c, pairs, path, rejected):
     unknown = ~_bools(pc.is_in(ids, _column(corpus, "id")))
     reason = lambda row: (f"no document has the chunk {row['chunk_id']!r}" if row["chunk_id"] else "no document has this positive as a chunk") + "; add it, or remove the pair"
     pairs, ids = _without(pairs, unknown, reason, path, c.counts, rejected, "chunk_id"), ids.filter(pa.array(~unknown))
-    other = np.sum(~_bools(pc.equal(_folded(_column(pairs, "positive")), _folded(_column(corpus, "text").take(pc.index_in(ids, _column(corpus, "id")))))))
+    other = np.sum(~_bools(pc.equal(_fold_keys(_column(pairs, "positive")), _fold_keys(_column(corpus, "text").take(pc.index_in(ids, _column(corpus, "id")))))))
     if other: c.notes.append(f"{other} evaluation pairs word their positive otherwise than the chunk they name; the chunk counts")
-    codes = _folded(pairs["query"]).dictionary_encode().indices.to_numpy()
+    codes = _fold_keys(pairs["query"]).dictionary_encode().indices.to_numpy()
     first = np.unique(codes, return_index=True)[1]
     c.queries = _data(pa.table({"id": pa.array([f"e{i}" for i in range(len(first))], TEXT), "text": _column(pairs, "query").take(pa.array(first))}))
     c.qrels = _data(pa.table({"query_id": pa.array([f"e{i}" for i in codes], TEXT), "corpus_id": ids, "score": np.ones(len(codes))}))
@@ -919,7 +926,7 @@ def _save_instruction(c, path):
 def _with_ids(texts, ids, letter):
     "For each text the id of its document; then the ids and texts of all documents. Equal texts without an id are one."
     none = pc.equal(ids, "")
-    keys = pc.if_else(none, _join("t", _folded(texts), ""), _join("i", ids, ""))
+    keys = pc.if_else(none, _join("t", _fold_keys(texts), ""), _join("i", ids, ""))
     codes = keys.dictionary_encode().indices.to_numpy()
     first = np.unique(codes, return_index=True)[1]
     taken, own = set(ids.to_pylist()), ids.take(pa.array(first)).to_pylist()
