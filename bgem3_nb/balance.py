@@ -102,7 +102,7 @@ def _taken(rows, at):
     "The rows at these positions, in memory of their own."
     table = rows.data.table
     if rows._indices is not None: at = rows._indices.column(0).to_numpy()[at]
-    batches = [*_gather(table, np.asarray(at), 2_000)]   # `take` would first join all pieces: a second copy
+    batches = [*_gather(table, np.asarray(at), 2_000)]   # `take` would join, and copy, all pieces
     # without a fingerprint, datasets hashes all of the data
     return Dataset(pa.Table.from_batches(batches, table.schema), fingerprint=uuid4().hex)
 

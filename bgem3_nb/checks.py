@@ -162,7 +162,7 @@ class _Texts:
 
 # %% ../nbs/28_checks.ipynb #a1c26e10
 def _distinct(column, at):
-    "Return the distinct texts at positions (n,), their numbers (n,), and the same for folded texts."
+    "Return the distinct texts at positions (n,), their numbers (n,), and both for folded texts."
     if not len(at): return (_no_texts(column), np.zeros(0, int)) * 2
     size = pc.binary_length(column).to_numpy()[at]
     keys = np.empty((len(at), 2), np.uint64)
@@ -765,7 +765,7 @@ def _parts(rows):
 # %% ../nbs/28_checks.ipynb #55a6b42e
 def check_rows(
     rows: Dataset | Mapping[str, Dataset],  # of the schema, or parts by name: train, valid, test
-    near: float = 0.8,                      # share of shingles near-duplicates have; 0 looks for none
+    near: float = 0.8,                      # share of shingles near-duplicates have; 0: none
     identify: bool = True,                  # compare `language` with the language of the texts
     sure: float = 0.8,                      # confidence from which the identifier contradicts a row
     minimum: Mapping[str, int] = MINIMUM,          # sizes below which a warning says so
