@@ -31,7 +31,8 @@ def batches(gigabytes):
     text = " ".join("".join(map(chr, rng.integers(97, 123, n))) for n in rng.integers(2, 9, 200_000))
     numbers = range(int(gigabytes * 1e9 / LENGTH))
     for a in range(0, len(numbers), 1_000):
-        rows = ({"query": f"question {i}", "pos": [f"{i} {text[i:i + LENGTH]}"], "language": "en"} for i in numbers[a:a + 1_000])
+        rows = ({"query": f"question {i}", "pos": [f"{i} {text[i:i + LENGTH]}"], "language": "en"}
+                for i in numbers[a:a + 1_000])
         empty = {name: [] if pa.types.is_list(kind) else "" for name, kind in zip(SCHEMA.names, SCHEMA.types)}
         yield pa.RecordBatch.from_pylist([empty | row for row in rows], schema=SCHEMA)
 
@@ -68,8 +69,10 @@ def step_mined(gigabytes, folder):
     n = int(gigabytes * 1e9 / (7 * 1_200))
     passages = [f"{i} ".ljust(1_200, "x") for i in range(1_000)]
     empty = {name: [] if pa.types.is_list(kind) else "" for name, kind in zip(SCHEMA.names, SCHEMA.types)}
-    rows = rows_from([pa.RecordBatch.from_pylist([empty | {"query": f"q{i}", "pos": [passages[i % 1_000]]} for i in range(n)], schema=SCHEMA)])
-    chosen = pd.DataFrame({"query": np.repeat(np.arange(n), 7), "passage": np.tile(np.arange(1, 8), n), "rank": 1, "score": .5, "part": "0-9"})
+    made = [empty | {"query": f"q{i}", "pos": [passages[i % 1_000]]} for i in range(n)]
+    rows = rows_from([pa.RecordBatch.from_pylist(made, schema=SCHEMA)])
+    chosen = pd.DataFrame({"query": np.repeat(np.arange(n), 7), "passage": np.tile(np.arange(1, 8), n), "rank": 1,
+                           "score": .5, "part": "0-9"})
     out = mined_rows(rows, corpus_set(rows, passages), chosen, "dense")
     return write_rows(out, folder/"mined.parquet").stat().st_size
 
@@ -84,14 +87,16 @@ def main():
     options = parser.parse_args()
     for name in [options.step] if options.step else STEPS:
         if not options.step:
-            done = subprocess.run([sys.executable, __file__, "--gigabytes", str(options.gigabytes), "--step", name])
+            command = [sys.executable, __file__, "--gigabytes", str(options.gigabytes), "--step", name]
+            done = subprocess.run(command)
             if done.returncode: sys.exit(f"{name} failed")
             continue
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
             STEPS[name](options.gigabytes, Path(folder))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            print(f"{name:8} {options.gigabytes:.1f} GB of text: {time.perf_counter() - start:5.0f} s, peak {peak:.1f} GB", flush=True)
+            seconds = time.perf_counter() - start
+            print(f"{name:8} {options.gigabytes:.1f} GB of text: {seconds:5.0f} s, peak {peak:.1f} GB", flush=True)
 
 
 if __name__ == "__main__": main()

@@ -10,6 +10,7 @@ __all__ = ['LETTER', 'SAME', 'BY', 'RATIOS', 'identify_languages', 'fill_languag
 import json
 import math
 import re
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -26,7 +27,8 @@ from scipy.optimize import LinearConstraint, linprog, milp
 from tqdm.auto import tqdm
 
 from .files import replacing
-from .rows import LABELS, language_code, row_batches, rows_from, SCHEMA, TEXT
+from .rows import (
+    LABELS, _gather, language_code, row_batches, rows_from, SCHEMA, TEXT)
 
 # %% ../nbs/27_balance.ipynb #fe19da06
 LETTER = re.compile(r"[^\W\d_]")
@@ -47,14 +49,20 @@ def identify_languages(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The language code of each text (n,), "" where there is no letter, and the model's
     confidence (n,) float32 in 0 to 1."""
-    detect, codes, confidence = _detector().detect, [], []
-    texts = texts.to_pylist() if isinstance(texts, (pa.Array, pa.ChunkedArray)) else list(texts)
-    for text in tqdm(texts, "languages", unit=" texts", disable=not progress):
+    detect, names, codes, confidence = _detector().detect, {}, array("i"), array("f")
+    total = len(texts) if hasattr(texts, "__len__") else None
+    for text in tqdm(_each_text(texts), "languages", total, unit=" texts", disable=not progress):
         found = {"lang": "", "score": 0.0}
         if LETTER.search(text): found = detect(text.lower() if text.isupper() else text)[0]
-        codes.append(SAME.get(found["lang"], found["lang"]))
+        code = SAME.get(found["lang"], found["lang"])
+        codes.append(names.setdefault(code, len(names)))   # a number, not a text for each text
         confidence.append(found["score"])
-    return np.array(codes, dtype=str), np.array(confidence, np.float32)
+    return np.array([*names], dtype=str)[np.array(codes)], np.array(confidence)
+
+def _each_text(texts):
+    "Yield the texts of any iterable; those of an Arrow array, a block at a time."
+    if not isinstance(texts, (pa.Array, pa.ChunkedArray)): return (yield from texts)
+    for a in range(0, len(texts), 1_000): yield from texts.slice(a, 1_000).to_pylist()
 
 # %% ../nbs/27_balance.ipynb #9bc9a86d
 def fill_languages(
@@ -92,11 +100,11 @@ def _columns(rows, names):
 
 def _taken(rows, at):
     "The rows at these positions, in memory of their own."
-    at = pa.array(at, pa.int64())
-    # else datasets hashes all of the data
-    return Dataset(
-        rows.data.table.take(at if rows._indices is None else rows._indices.column(0).take(at)),
-        fingerprint=uuid4().hex)
+    table = rows.data.table
+    if rows._indices is not None: at = rows._indices.column(0).to_numpy()[at]
+    batches = [*_gather(table, np.asarray(at), 2_000)]   # `take` would join, and copy, all pieces
+    # without a fingerprint, datasets hashes all of the data
+    return Dataset(pa.Table.from_batches(batches, table.schema), fingerprint=uuid4().hex)
 
 def _value_counts(values):
     "Value -> number, the most frequent first; equal numbers in alphabetical order."
@@ -148,12 +156,13 @@ def analyse(
     counts = {name: _value_counts(values) for name, values in _columns(rows, _known(by)).items()}
     if not (identify and len(rows)): return Analysis(len(rows), counts)
     drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:identify])
-    part = _columns(rows.select(drawn), ("query", "pos", "language"))
-    query, _ = identify_languages(part["query"])
-    passage, _ = identify_languages(pc.list_element(part["pos"], 0))
+    part = [*row_batches(rows.select(drawn), ["query", "pos", "language"], 1_000)]
+    texts = lambda column: (text for batch in part for text in column(batch).to_pylist())
+    query, _ = identify_languages(texts(lambda batch: batch["query"]))
+    passage, _ = identify_languages(texts(lambda batch: pc.list_element(batch["pos"], 0)))
     counts |= {"language of the query": _value_counts(pa.array(query)),
                "language of the passage": _value_counts(pa.array(passage))}
-    claimed = np.array(part["language"].to_pylist())
+    claimed = np.array([*texts(lambda batch: batch["language"])])
     told = (claimed != "") & (query != "")
     same = np.array([language_code(c) for c in claimed[told]]) == query[told]
     return Analysis(len(rows), counts, len(drawn), float(same.mean()) if told.any() else None)

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from hashlib import blake2b
 from itertools import chain, islice
 from pathlib import Path
 
@@ -170,7 +171,8 @@ def _check_record(row, fields, number):
 # %% ../nbs/23_formats.ipynb #daaba4f6
 def _read_records(path, kinds, counts, rejected, aliases=None, notes=None, chunks=None):
     "Yield the checked records of a file as Arrow tables with a column `line`; count them."
-    path, fields = Path(path), _RecordFields(kinds, aliases)
+    path = existing_file(path, (*READERS, ".txt") if chunks else READERS)
+    fields = _RecordFields(kinds, aliases)
     count = counts[path.name] = {"in": 0, "out": 0, "rejected": 0}
     for table, placed, numbers in chunks or read_chunks(path, fields):
         batch, bad = None, 0
@@ -214,11 +216,16 @@ def _reject_records(table, bad, reason, path, counts, rejected, field):
     count = counts[Path(path).name]
     count["out"] -= int(bad.sum())
     count["rejected"] += int(bad.sum())
-    return table.filter(pa.array(~bad))
+    return table.filter(pa.array(~bad)) if bad.any() else table
 
 def _bool_mask(a): return a.to_numpy(zero_copy_only=False).astype(bool)
 
-def _fold_texts(texts): return pa.array([fold(t) for t in texts.to_pylist()], TEXT)
+def _fold_keys(texts):
+    """Return a hash of each folded text, 32 letters: equal where the folded texts are, and no second
+    copy of them."""
+    blocks = (texts.slice(a, 1_000).to_pylist() for a in range(0, len(texts), 1_000))
+    def key(text): return blake2b(fold(text).encode(), digest_size=16).hexdigest()
+    return pa.array([key(text) for block in blocks for text in block], TEXT)
 
 # %% ../nbs/23_formats.ipynb #fac5f60b
 def _first_columns(path):
@@ -377,7 +384,7 @@ def _load_labelled_pairs(path, columns, labels, nfc, rejected):
     value = value[value != -1]
     notes += _label_notes(meanings, value, path, columns[2])
     pairs, value = pairs.filter(pa.array(~np.isnan(value))), value[~np.isnan(value)]
-    keys, good = _fold_texts(pairs["query"]), value > .5
+    keys, good = _fold_keys(pairs["query"]), value > .5
     orphan = ~_bool_mask(pc.is_in(keys, keys.filter(pa.array(good))))
     reason = lambda row: ("no pair of this query is labelled as a positive; "
                           "give one, or remove the pairs")
@@ -508,16 +515,17 @@ def _drop_repeated(table, keys, reason, path, counts, rejected, notes):
     codes = key.dictionary_encode().indices.to_numpy()
     first = np.unique(codes, return_index=True)[1][codes] if len(codes) else codes
     again = first != np.arange(len(codes))
-    same = np.ones(len(codes), bool)
+    same, at = np.ones(len(codes), bool), np.flatnonzero(again)
     for name in set(table.column_names) - {"line"}:
         column = table_column(table, name)
-        same &= _bool_mask(pc.equal(column, column.take(pa.array(first))))
+        before = column.take(pa.array(first[at]))
+        same[at] &= _bool_mask(pc.equal(column.take(pa.array(at)), before))
     wrong = "_id" if "_id" in keys else "score"
     table = _reject_records(table, again & ~same, reason, path, counts, rejected, wrong)
     repeated = (again & same)[~(again & ~same)]
     if n := int(repeated.sum()):
         notes.append(f"{path.name}: {n} records repeat another one and count once")
-    return table.filter(pa.array(~repeated))
+    return table.filter(pa.array(~repeated)) if repeated.any() else table
 
 def _read_identified(path, kinds, counts, rejected, notes):
     "Return the records of a file that have an id of their own and a text."
@@ -526,8 +534,8 @@ def _read_identified(path, kinds, counts, rejected, notes):
     reason = lambda row: "missing field; give each record an _id"
     table = _reject_records(table, nameless, reason, path, counts, rejected, "_id")
     if "title" in kinds:
-        joined = join_texts(table["title"], table["text"], "")
-        blank = _bool_mask(pc.equal(pc.utf8_trim_whitespace(joined), ""))
+        empty = (pc.equal(pc.utf8_trim_whitespace(table[c]), "") for c in ("title", "text"))
+        blank = np.logical_and(*map(_bool_mask, empty))
         reason = lambda row: "neither a text nor a title; fill one in, or remove the document"
         table = _reject_records(table, blank, reason, path, counts, rejected, "text")
     reason = lambda row: (f"the id {row['_id']!r} has stood before, with another text; "
@@ -563,10 +571,10 @@ def _judged_collection(corpus, queries, qrels, source, counts, notes):
     if len(qrels):
         ids = table_column(qrels, "query_id").filter(pa.array(good))
         answered = _bool_mask(pc.is_in(qrels["query_id"], ids))
+    at, of_query = (numbers.filter(pa.array(answered)) for numbers in (at, of_query))
     pairs = pa.table({"query": queries["text"].take(of_query), "text": corpus["text"].take(at)})
     query_ids, ids = (table_column(qrels, column).filter(pa.array(answered))
                       for column in ("query_id", "corpus_id"))
-    pairs = pairs.filter(pa.array(answered))
     rows = _rows_by_query(pairs, query_ids, good[answered], source, ids, query_ids)
     if n := len(pc.unique(qrels["query_id"])) - len(rows):
         notes.append(f"{n} queries have no relevant passage and are in no row")
@@ -577,8 +585,10 @@ def _judged_collection(corpus, queries, qrels, source, counts, notes):
 def _titled_texts(corpus):
     "Return the texts of documents, each with its title before it."
     bare, untitled = (pc.equal(pc.utf8_trim_whitespace(corpus[c]), "") for c in ("text", "title"))
-    both = join_texts(corpus["title"], corpus["text"], "\n")
-    return pc.if_else(untitled, corpus["text"], pc.if_else(bare, corpus["title"], both))
+    text = corpus["text"]
+    if pc.all(untitled).as_py(): return text
+    both = pc.if_else(bare, corpus["title"], join_texts(corpus["title"], text, "\n"))
+    return pc.if_else(untitled, text, both)
 
 # %% ../nbs/23_formats.ipynb #46868e8e
 def _load_beir(folder, rejected, split=None, nfc=True):
@@ -665,7 +675,8 @@ def _arrow_values(values):
 
 def _read_documents(path, counts, rejected):
     "Return the chunks of document_metadata.json as a table: id, title, text, then other fields."
-    try: data = json.loads(path.read_text(encoding="utf-8-sig"))
+    try: data = json.loads(existing_file(path, (".json",)).read_text(encoding="utf-8-sig"))
+    except RowError: raise
     except (ValueError, RecursionError) as e:
         what = f"not valid JSON ({e}); write one object with a list 'documents'"
         raise RowError(what, path) from None
@@ -690,7 +701,7 @@ def _read_documents(path, counts, rejected):
 # %% ../nbs/23_formats.ipynb #5d45f3de
 def _pair_keys(table):
     "Return a key for each pair of query and positive, (n,) texts."
-    return join_texts(_fold_texts(table["query"]), _fold_texts(table["positive"]), "\x1f")
+    return join_texts(_fold_keys(table["query"]), _fold_keys(table["positive"]), "\x1f")
 
 def _with_pairs_of_negatives(pairs, negatives, notes):
     "Return the pairs, and behind them those that only hard negatives name."
@@ -710,7 +721,7 @@ def _with_pairs_of_negatives(pairs, negatives, notes):
 def _random_negatives(pairs, lacking, pool, seed):
     "Draw for each row in `lacking` the position of a passage in `pool`; -1 where there is none."
     rng, keys = np.random.default_rng(seed), _pair_keys(pairs)
-    queries, texts = _fold_texts(pairs["query"]).take(pa.array(lacking)), _fold_texts(pool)
+    queries, texts = _fold_keys(pairs["query"]).take(pa.array(lacking)), _fold_keys(pool)
     drawn = np.full(len(lacking), -1)
     for _ in range(50):
         left = np.flatnonzero(drawn < 0)
@@ -751,7 +762,7 @@ def _complete_lists(values, known, lengths):
 
 def _chunk_ids(texts, corpus, given=None):
     "Return the id of the chunk with each text, or the one given; empty where there is none."
-    at = pc.index_in(_fold_texts(texts), _fold_texts(table_column(corpus, "text")))
+    at = pc.index_in(_fold_keys(texts), _fold_keys(table_column(corpus, "text")))
     found = pc.fill_null(table_column(corpus, "id").cast(TEXT).take(at), "")
     return found if given is None else pc.if_else(pc.equal(given, ""), found, given)
 
@@ -776,7 +787,7 @@ def _positives_as_corpus(pairs, evaluation):
     "Return distinct positives as a corpus, under their chunk ids or a number."
     texts, ids = (pa.concat_arrays([table_column(evaluation, c), table_column(pairs, c)])
                   for c in ("positive", "chunk_id"))
-    codes = _fold_texts(texts).dictionary_encode().indices.to_numpy()
+    codes = _fold_keys(texts).dictionary_encode().indices.to_numpy()
     first = pa.array(np.unique(codes, return_index=True)[1])
     ids = [id or f"p{n}" for n, id in enumerate(ids.take(first).to_pylist())]
     return pa.table({"id": ids, "title": [""] * len(ids), "text": texts.take(first)})
@@ -794,11 +805,11 @@ def _add_evaluation(collection, pairs, path, rejected):
     pairs = _reject_records(pairs, unknown, reason, path, collection.counts, rejected, "chunk_id")
     ids = ids.filter(pa.array(~unknown))
     chunks = table_column(corpus, "text").take(pc.index_in(ids, table_column(corpus, "id")))
-    same = pc.equal(_fold_texts(table_column(pairs, "positive")), _fold_texts(chunks))
+    same = pc.equal(_fold_keys(table_column(pairs, "positive")), _fold_keys(chunks))
     if other := np.sum(~_bool_mask(same)):
         collection.notes.append(f"{other} evaluation pairs word their positive otherwise than the "
                                 "chunk they name; the chunk counts")
-    codes = _fold_texts(pairs["query"]).dictionary_encode().indices.to_numpy()
+    codes = _fold_keys(pairs["query"]).dictionary_encode().indices.to_numpy()
     texts = table_column(pairs, "query").take(pa.array(np.unique(codes, return_index=True)[1]))
     names = pa.array([f"e{i}" for i in range(len(texts))], TEXT)
     of_pair = names.take(pa.array(codes))
@@ -1209,7 +1220,7 @@ def _save_instructions(c, path):
 # %% ../nbs/23_formats.ipynb #02aff404
 def _give_ids(texts, ids, letter):
     "Return for each text the id of its document; then the ids and texts of all documents."
-    by_text, by_id = join_texts("t", _fold_texts(texts), ""), join_texts("i", ids, "")
+    by_text, by_id = join_texts("t", _fold_keys(texts), ""), join_texts("i", ids, "")
     keys = pc.if_else(pc.equal(ids, ""), by_text, by_id)
     codes = keys.dictionary_encode().indices.to_numpy()
     first = pa.array(np.unique(codes, return_index=True)[1])

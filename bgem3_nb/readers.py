@@ -315,7 +315,21 @@ def existing_file(
     if path.suffix.lower() not in endings:
         what = f"unknown format '{path.suffix}'; it must be one of {', '.join(endings)}"
         raise RowError(what, path)
+    if _starts_with(path, b"version https://git-lfs"):
+        raise RowError("a Git LFS pointer, not the file itself; "
+                       "run git lfs pull in its repository, or download the file", path)
     return path
+
+def _starts_with(path, start):
+    "Whether a file begins with these bytes; raises RowError where it cannot be opened."
+    try:
+        with open(path, "rb") as f: return f.read(len(start)) == start
+    except OSError as e: raise _cannot_read(path, e) from None
+
+def _cannot_read(path, error):
+    "Return the RowError for a file that the system does not let us read."
+    what = f"cannot be read ({error.strerror or error}); check the file and its permissions"
+    return RowError(what, path)
 
 def read_chunks(
     path: str | Path,    # .jsonl, .json, .csv, .tsv or .parquet
@@ -348,9 +362,7 @@ def read_batches(
                 found += len(batch)
                 bar.update(len(batch))
                 if len(batch): yield batch
-    except OSError as e:
-        what = f"cannot be read ({e.strerror or e}); check the file and its permissions"
-        raise RowError(what, path) from None
+    except OSError as e: raise _cannot_read(path, e) from None
     if not found and not (rejected and rejected.count > before):
         raise RowError("the file holds no rows", path)
 

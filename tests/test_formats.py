@@ -1,6 +1,7 @@
 "Every format there and back, also with awkward texts; broken files named with line and field; rejected rows add up."
 import json
 import re
+import shutil
 from pathlib import Path
 
 import ir_measures
@@ -130,6 +131,17 @@ def test_the_company_set_survives_a_round_trip(tmp_path):
     save_data(first, tmp_path/"beir", "beir", split="test")
     beir = load_data(tmp_path/"beir")
     assert beir.retrieval_set().qrels == first.retrieval_set().qrels
+
+
+@pytest.mark.parametrize("format", ["beir", "company"])
+def test_each_file_of_a_directory_may_be_a_git_lfs_pointer(format, tmp_path):
+    save_data(load_data(REPO/"data"/"company"), tmp_path/"good", format)
+    files = [p.relative_to(tmp_path/"good") for p in (tmp_path/"good").rglob("*") if p.is_file()]
+    assert len(files) >= 3
+    for i, file in enumerate(files):
+        bad = shutil.copytree(tmp_path/"good", tmp_path/str(i))
+        (bad/file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8\n")
+        with pytest.raises(RowError, match=rf"{file.name}: a Git LFS pointer.*run git lfs pull"): load_data(bad)
 
 
 LINE = {"query": "q", "positive": "p"}

@@ -25,6 +25,8 @@ REPO = Path(__file__).parent.parent
 GOOD = '{"query": "q", "pos": ["p"]}\n'
 ROW = {"query": "q", "pos": ["p"]}
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 8\n"
+
 
 def line(**fields): return json.dumps({**ROW, **fields}) + "\n"
 
@@ -67,6 +69,8 @@ BAD_FILES = {  # name -> content, line, field, part of the sentence
     "quotes.csv": ('query,pos\nq,p\nq,"p\n', 3, "", "check the quotes"),
     "header.csv": ("query,pos\n", None, "", "holds no rows"),
     "broken.parquet": (b"PAR1 and no more", None, "", "not a readable Parquet file"),
+    **{f"pointer{ending}": (POINTER, None, "", "a Git LFS pointer, not the file itself; run git lfs pull")
+       for ending in (".jsonl", ".json", ".csv", ".tsv", ".parquet")},
     "rows.txt": (GOOD, None, "", "unknown format '.txt'"),
 }
 
