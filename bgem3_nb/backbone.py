@@ -584,3 +584,6 @@ def core_pool(
 
 # %% ../nbs/00_backbone.ipynb #f3a5858b
 os.environ.update({"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"} | os.environ)   # products kept by torch and by oneDNN; what is set stays
+
+# %% ../nbs/00_backbone.ipynb #4c8e15fa
+os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")   # what is set stays

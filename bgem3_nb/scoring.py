@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PAPER_WEIGHTS', 'check_model', 'check_finite', 'dense_scores', 'lexical_scores', 'text_blocks', 'fill_rows',
            'best_matches', 'segment_means', 'on_cores', 'maxsim_scores', 'maxsim_pairs', 'pair_scores', 'all_scores',
-           'named_weights', 'fuse', 'Token', 'read_tokens', 'Term', 'Match', 'Explanation', 'dense_parts', 'explain',
-           'draw_matches', 'mark_text', 'html_table', 'explanation_html']
+           'named_weights', 'fuse', 'load_bm25s', 'Token', 'read_tokens', 'Term', 'Match', 'Explanation', 'dense_parts',
+           'explain', 'draw_matches', 'mark_text', 'html_table', 'explanation_html']
 
 # %% ../nbs/03_scoring.ipynb #660b1056
+import sys
 from copy import deepcopy
 from dataclasses import dataclass
 from html import escape
@@ -211,6 +212,16 @@ def fuse(
         raise ValueError(f"no scores for {', '.join(missing)}; there are {', '.join(scores) or 'none'}")
     return sum(w * scores[m] for m, w in weights.items()).astype(np.float32)
 
+# %% ../nbs/03_scoring.ipynb #e19c7a04
+def load_bm25s():
+    "Import bm25s; JAX is not started for it, and is left alone where a program has started it before."
+    hidden = not {"bm25s", "jax"} & set(sys.modules)
+    if hidden: sys.modules["jax"] = None     # an import of it is an ImportError now
+    try: import bm25s
+    finally:
+        if hidden: del sys.modules["jax"]
+    return bm25s
+
 # %% ../nbs/03_scoring.ipynb #5683fd20
 class Token(NamedTuple):
     "A token of a text and where it comes from."
@@ -336,7 +347,7 @@ def explain(
     tokens = tuple(read_tokens(encoder, text, prompt) for text, prompt in zip(texts, prompts))
     ids = [[t.id for t in side] for side in tokens]
     hidden = encoder.hidden(ids)
-    with torch.inference_mode(): both = read_states(encoder.model, torch.cat(hidden).to(encoder.device), ids, OUTPUTS)
+    with torch.inference_mode(): both = read_states(encoder.model, torch.cat(hidden), ids, OUTPUTS)
     q, p = both[[0]], both[[1]]
     scores = {mode: float(s[0, 0]) for mode, s in all_scores(q, p).items()}
     shared, dense = q.lexical.multiply(p.lexical).tocsr(), None

@@ -196,12 +196,12 @@ def test_trained_heads_stay_until_replacing_is_asked_for(tmp_path, body, capsys)
     model = M3Model.from_pretrained(body, new_heads="random", pooling="cls", seed=5)
     model.save_pretrained(tmp_path)
     for start in ("", "identity", "random"):
-        for load in (M3Model.from_pretrained, lambda *a, **kw: M3Encoder.from_pretrained(*a, **kw, progress=False).model):
+        for load in (M3Model.from_pretrained, lambda *a, **kw: M3Encoder.from_pretrained(*a, **kw, device="cpu", progress=False).model):
             again = load(tmp_path, new_heads=start)
             assert again.started_heads == () and torch.equal(again.multi_head.weight, model.multi_head.weight)
             assert torch.equal(again.lexical_head.weight, model.lexical_head.weight)
     assert capsys.readouterr().out == ""
-    anew = M3Encoder.from_pretrained(tmp_path, new_heads="identity", replace_heads=True, progress=False).model
+    anew = M3Encoder.from_pretrained(tmp_path, new_heads="identity", replace_heads=True, device="cpu", progress=False).model
     assert torch.equal(anew.multi_head.weight, torch.eye(D)) and not torch.equal(anew.lexical_head.weight, model.lexical_head.weight)
     assert capsys.readouterr().out == f"{tmp_path}: the trained heads of sparse_linear.pt and colbert_linear.pt are replaced by new ones\n"
     with pytest.raises(ValueError, match="choose one of identity, random"): M3Model.from_pretrained(tmp_path, new_heads="zeros")
