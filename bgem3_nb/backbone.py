@@ -686,3 +686,6 @@ def cpu_thread_pool(
 # products kept by torch and by oneDNN; what is set stays
 _KEPT_PRODUCTS = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 os.environ.update(_KEPT_PRODUCTS | os.environ)
+
+# %% ../nbs/00_backbone.ipynb #4c8e15fa
+os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")   # what is set stays

@@ -14,14 +14,13 @@ import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 
-import bm25s
 import numpy as np
 import pandas as pd
 from scipy.optimize import minimize
 from scipy.stats import bootstrap, permutation_test
 
 from .rows import language_code
-from .scoring import fuse
+from .scoring import fuse, load_bm25s
 
 # %% ../nbs/40_evaluation.ipynb #4aceb6e4
 def _ir_measures():
@@ -217,7 +216,7 @@ def bm25_scores(
     scores = np.zeros((len(queries), len(passages)), dtype=np.float32)
     tokens = [word_tokens(p, language) for p in passages]
     if not any(tokens): return scores
-    index = bm25s.BM25(k1=k1, b=b, method="lucene")
+    index = load_bm25s().BM25(k1=k1, b=b, method="lucene")
     index.index(tokens, show_progress=False)
     for i, query in enumerate(queries):
         if terms := word_tokens(query, language): scores[i] = index.get_scores(terms)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-import bm25s
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -28,7 +27,7 @@ from .exact_search import (
     best_of_pairs, Candidates, check_not_empty, check_search, dense_vectors, refuse_renamed, rescore,
     scores_of, search_candidates, top_dense)
 from .rows import row_batches, RowError, rows_from, SCHEMA, TEXT
-from .scoring import named_weights
+from .scoring import load_bm25s, named_weights
 from .splits import retrieval_set, RetrievalSet
 from .text import fold, text_key
 
@@ -78,7 +77,7 @@ def bm25_candidates(
     check_not_empty(passages)
     k, tokens = min(k, len(passages)), [words(p) for p in passages]
     if not any(tokens): raise ValueError("no passage holds a word; check how `words` cuts a text")
-    index = bm25s.BM25(k1=1.2, b=.75, method="lucene")
+    index = load_bm25s().BM25(k1=1.2, b=.75, method="lucene")
     index.index(tokens, show_progress=False)
 
     def search(i, k):

@@ -567,7 +567,8 @@ class TopLayers(nn.Module):
             self.dtype = below.dtype
             for name, (texts, prompt) in sides.items():
                 states, offsets = _lower_states(below, texts, prompt, progress)
-                self.register_buffer(name, states, persistent=False)
+                self.register_buffer(name, states.to(below.device), persistent=False)
+                offsets = offsets.to(below.device)
                 self.register_buffer(f"{name}_offsets", offsets, persistent=False)
         finally: model.encoder.encoder.layer = stack
 
@@ -582,6 +583,7 @@ def run(self: TopLayers,
     places: torch.Tensor,    # (b,) which texts
 ) -> torch.Tensor:           # (b, d) unit vectors
     "Compute the vectors of some texts."
+    places = places.to(offsets.device)
     if len(places) > 64:
         order = (offsets[places + 1] - offsets[places]).argsort()
         parts = [self.run(states, offsets, places[at]) for at in order.split(64)]
@@ -759,7 +761,8 @@ def with_messy_copies(
     parts: dict[str, np.ndarray],    # places of rows, as `split_listings` gives them
     copies: int,                     # of each training query
     seed: int = 0,                   # random seed
-) -> tuple[Examples, dict[str, np.ndarray]]:  # all examples; the parts, "train copies", "messy test"
+) -> tuple[Examples,
+           dict[str, np.ndarray]]:  # all examples; the parts, "train copies", "messy test"
     "Add messy copies of the training and the test queries, as examples of their own."
     other = {fold(rows[i]["query"]) for part in ("valid", "test") for i in parts[part]}
     def copied(name, number):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAPER_WEIGHTS', 'dense_scores', 'lexical_scores', 'check_model', 'check_finite', 'text_blocks', 'map_over_cores',
-           'maxsim_scores', 'maxsim_pairs', 'pair_scores', 'all_scores', 'named_weights', 'fuse', 'Token',
+           'maxsim_scores', 'maxsim_pairs', 'pair_scores', 'all_scores', 'named_weights', 'fuse', 'load_bm25s', 'Token',
            'read_tokens', 'Term', 'Match', 'Explanation', 'explain', 'draw_matches']
 
 # %% ../nbs/03_scoring.ipynb #660b1056
+import sys
 from copy import deepcopy
 from dataclasses import dataclass
 from html import escape
@@ -243,6 +244,17 @@ def fuse(
                          f"there are {', '.join(scores) or 'none'}")
     return sum(w * scores[m] for m, w in weights.items()).astype(np.float32)
 
+# %% ../nbs/03_scoring.ipynb #e19c7a04
+def load_bm25s():
+    """Import bm25s; JAX is not started for it, and is left alone where a program has started it
+    before."""
+    hidden = not {"bm25s", "jax"} & set(sys.modules)
+    if hidden: sys.modules["jax"] = None     # an import of it is an ImportError now
+    try: import bm25s
+    finally:
+        if hidden: del sys.modules["jax"]
+    return bm25s
+
 # %% ../nbs/03_scoring.ipynb #1f536b56
 class Token(NamedTuple):
     "A token of a text and where it comes from."
@@ -391,7 +403,7 @@ def explain(
     ids = [[t.id for t in side] for side in tokens]
     hidden = encoder.hidden(ids)
     with torch.inference_mode():
-        both = read_states(encoder.model, torch.cat(hidden).to(encoder.device), ids, OUTPUTS)
+        both = read_states(encoder.model, torch.cat(hidden), ids, OUTPUTS)
     q, p = both[[0]], both[[1]]
     scores = {mode: float(s[0, 0]) for mode, s in all_scores(q, p).items()}
     shared, dense = q.lexical.multiply(p.lexical).tocsr(), None

@@ -54,6 +54,7 @@ def _complete_arguments(
     dtype, reason = (torch.bfloat16 if args.precision == "bf16" else torch.float32), "as asked for"
     if args.precision == "auto": dtype, reason = pick_dtype(device)
     args.use_cpu, args.precision_reason = device.type == "cpu", reason
+    args.chunk_tokens = args.chunk_tokens or (2048 if args.use_cpu else 8192)
     args.bf16, args.ddp_broadcast_buffers = dtype == torch.bfloat16, False
 
 # %% ../nbs/14_training.ipynb #a894ddc4
@@ -78,7 +79,7 @@ class M3TrainingArguments(TrainingArguments):
     query_length: int = 64             # tokens after which a query is truncated in training
     passage_length: int = 256          # tokens after which a passage is truncated in training
     search_length: int = 512           # tokens after which a text is truncated in validation
-    chunk_tokens: int = 2048           # token budget of a chunk, which is encoded at once
+    chunk_tokens: int = 0              # budget of a chunk; 0: 2048 on the CPU, 8192 elsewhere
     lexical_learning_rate: float = 5e-4  # of the lexical head
     lexical_sparsity: float = 0.       # weight of the FLOPS regularisation, for a head that expands
     multi_learning_rate: float = 1e-4  # of the multi-vector head
@@ -459,12 +460,14 @@ def search_scores(
     data,             # `queries` and `passages`, lists of texts
     args: M3TrainingArguments,   # modes, length, precision and device
 ) -> dict[str, np.ndarray]:      # mode to (queries, passages)
-    "Score a validation set in every trained mode, in the precision of training."
+    """Score a validation set in every trained mode, in the precision of training; on a GPU, MaxSim
+    is in fp32, as its time is that of copying the vectors there."""
     encoder = M3Encoder(model, max_length=args.search_length, device=args.device, dtype=args.dtype,
                         progress=not args.disable_tqdm)
     queries = encoder.encode_queries(data.queries, outputs=args.modes)
     passages = encoder.encode_passages(data.passages, outputs=args.modes)
-    return all_scores(queries, passages, dtype=args.dtype, device=args.device)
+    dtype = args.dtype if args.use_cpu else torch.float32
+    return all_scores(queries, passages, dtype=dtype, device=args.device)
 
 @patch
 def evaluate(self: M3Trainer,

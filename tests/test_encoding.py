@@ -92,10 +92,10 @@ class Watched(M3Encoder):
         try: return super().run_within_memory(batch, work, budget)
         finally: budgets.append(budget.tokens)
 budgets = []
-encoder = Watched.from_pretrained("embedded", new_heads="identity", dtype=torch.float32, batch_tokens=200_000,
-                                  progress=False)
+encoder = Watched.from_pretrained("embedded", new_heads="identity", device="cpu", dtype=torch.float32,
+                                  batch_tokens=200_000, progress=False)
 texts = ["một hai ba bốn năm sáu " * 60 + str(i) for i in range(60)]
-small = M3Encoder(encoder.model, dtype=torch.float32, batch_tokens=1024, progress=False).encode(texts)
+small = M3Encoder(encoder.model, device="cpu", dtype=torch.float32, batch_tokens=1024, progress=False).encode(texts)
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + {spare} * 2**20,) * 2)
 large = encoder.encode(texts)
@@ -127,6 +127,8 @@ def test_other_errors_are_shown_as_they_are(encoder):
     assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert is_out_of_memory(RuntimeError("could not create a primitive"))     # oneDNN without memory
+    late = "CUDA error: out of memory\nCUDA kernel errors might be reported later"
+    assert is_out_of_memory(RuntimeError(late))                               # as a full GPU said it
     assert len(encoder.encode(["a", "b"])) == 2
 
 

@@ -1,5 +1,7 @@
 "Metrics, words and intervals where the notebook 40_evaluation has no room: names, permutations, spellings, broken input."
 import math
+import subprocess
+import sys
 import unicodedata
 
 import numpy as np
@@ -80,3 +82,22 @@ def test_comparison_and_correction_by_hand():
     assert (found.difference, found.wins, found.losses, found.n) == (.5, 2, 0, 4)
     assert found.p_value == pytest.approx(.5)                            # of 16 sign flips, 8 are as far from 0
     assert holm([.01, .04, .03]) == pytest.approx([.03, .06, .06])
+
+
+JAX = """
+import sys
+from bgem3_nb.evaluation import bm25_scores
+assert bm25_scores(["a b", "c"], ["a"], language="en").argmax() == 0
+assert "bm25s" in sys.modules and "jax" not in sys.modules
+print("scored")
+import jax
+"""
+
+
+def test_bm25_does_not_start_jax(env, tmp_path):
+    "Where JAX is installed, an import of bm25s starts it, and JAX takes three quarters of the memory of a GPU."
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("raise SystemExit('jax was started')")
+    env["PYTHONPATH"] = f"{tmp_path}:{env['PYTHONPATH']}"
+    done = subprocess.run([sys.executable, "-c", JAX], env=env, capture_output=True, text=True)
+    assert done.stdout == "scored\n" and done.stderr == "jax was started\n", done.stderr      # by the last line alone

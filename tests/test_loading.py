@@ -213,14 +213,15 @@ def test_trained_heads_stay_until_replacing_is_asked_for(tmp_path, body, capsys)
     model = M3Model.from_pretrained(body, new_heads="random", pooling="cls", seed=5)
     model.save_pretrained(tmp_path)
     for start in ("", "identity", "random"):
-        by_encoder = lambda *a, **kw: M3Encoder.from_pretrained(*a, **kw, progress=False).model
+        by_encoder = lambda *a, **kw: M3Encoder.from_pretrained(*a, **kw, device="cpu", progress=False).model
         for load in (M3Model.from_pretrained, by_encoder):
             again = load(tmp_path, new_heads=start)
             assert again.started_heads == ()
             assert torch.equal(again.multi_head.weight, model.multi_head.weight)
             assert torch.equal(again.lexical_head.weight, model.lexical_head.weight)
     assert capsys.readouterr().out == ""
-    anew = M3Encoder.from_pretrained(tmp_path, new_heads="identity", replace_heads=True, progress=False).model
+    anew = M3Encoder.from_pretrained(tmp_path, new_heads="identity", replace_heads=True, device="cpu",
+                                     progress=False).model
     assert torch.equal(anew.multi_head.weight, torch.eye(D))
     assert not torch.equal(anew.lexical_head.weight, model.lexical_head.weight)
     said = "the trained heads of sparse_linear.pt and colbert_linear.pt are replaced by new ones"

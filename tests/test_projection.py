@@ -113,7 +113,8 @@ def test_last_layers_equal_the_whole_encoder(tokenizer, layers, dtype, atol):
     many = [f"phòng {i} " * (i % 7) + "tr" for i in range(80)]   # more than one part
     data = Examples.from_rows([{"query": TEXTS[0], "pos": [TEXTS[1]], "neg": [*TEXTS[2:], *many]}])
     top = TopLayers(model, layers, data, dtype=dtype)
-    whole = small_encoder(M3WithHead(model, ProjectionHead(32, 32)))
+    whole = M3WithHead(model, ProjectionHead(32, 32))
+    whole = M3Encoder(whole, device="cpu", max_length=64, dtype=torch.float32, progress=False)
     with torch.no_grad(): whole.model.dense_head.linear.weight.copy_(torch.eye(32))
     passages, queries = top.passages(torch.arange(len(data.passages))).detach(), top.queries(torch.arange(1)).detach()
     np.testing.assert_allclose(passages, whole.encode_passages(data.passages).dense, atol=atol)
