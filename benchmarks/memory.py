@@ -4,8 +4,8 @@
     python benchmarks/memory.py --rows 200000 400000 --step checks
 
 The peak of the process while the step runs, less what it held before, as Linux counts it. The rows are made up: a
-query, a positive and a hard negative of about 300 characters each; for the searches, queries with vectors of 256 numbers
-and 8 lexical weights, which ask 5,000 passages. With few rows, the blocks in work are most of it.
+query, a positive and a hard negative of about 300 characters each; for the searches, queries with vectors of 256
+numbers and 8 lexical weights, which ask 5,000 passages. With few rows, the blocks in work are most of it.
 """
 import argparse
 import gc

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from .files import replacing
 from .rows import (
-    LABELS, _gather, language_code, row_batches, rows_from, SCHEMA, TEXT)
+    LABELS, gather_rows, language_code, row_batches, rows_from, SCHEMA, TEXT)
 
 # %% ../nbs/27_balance.ipynb #fe19da06
 LETTER = re.compile(r"[^\W\d_]")
@@ -102,7 +102,8 @@ def _taken(rows, at):
     "The rows at these positions, in memory of their own."
     table = rows.data.table
     if rows._indices is not None: at = rows._indices.column(0).to_numpy()[at]
-    batches = [*_gather(table, np.asarray(at), 2_000)]   # `take` would join, and copy, all pieces
+    # `take` would join, and copy, all pieces
+    batches = [*gather_rows(table, np.asarray(at), 2_000)]
     # without a fingerprint, datasets hashes all of the data
     return Dataset(pa.Table.from_batches(batches, table.schema), fingerprint=uuid4().hex)
 

@@ -33,7 +33,7 @@ from .documents import legacy_encoding
 from .files import replacing
 from .readers import read_rows
 from .rows import (
-    LABELS, SCHEMA, TEXT, Rejected, _gather, language_code, row_batches)
+    LABELS, SCHEMA, TEXT, Rejected, gather_rows, language_code, row_batches)
 from .text import fold
 
 # %% ../nbs/28_checks.ipynb #e23397c1
@@ -128,7 +128,7 @@ def _spans(sizes, most=10_000, total=BLOCK):
 def _texts_at(column, at):
     "Return the texts at some positions (k,) of a chunked column."
     if not len(at): return pa.array([], TEXT)
-    return next(_gather(pa.table({"text": column}), at, len(at))).column(0)
+    return next(gather_rows(pa.table({"text": column}), at, len(at))).column(0)
 
 # %% ../nbs/28_checks.ipynb #a1c26e08
 @dataclass

@@ -380,7 +380,8 @@ def top_dense(
         warnings.filterwarnings("ignore", "Sparse CSR tensor support")
         map_over_cores(work, parts(np.arange(n), size))
         left = np.sort(np.concatenate(again))
-        map_over_cores(lambda rows: work(rows, False), parts(left, int(np.clip(8_000_000 // m, 1, 512))))
+        size = int(np.clip(8_000_000 // m, 1, 512))
+        map_over_cores(lambda rows: work(rows, False), parts(left, size))
     return Candidates(scores, passages, "dense")
 
 # %% ../nbs/30_exact_search.ipynb #d0924cec

@@ -53,12 +53,9 @@ class BGEM3FlagModel:
         self.encoder = M3Encoder.from_pretrained(
             model_name_or_path, dtype=dtype, max_length=max(query_max_length, passage_max_length),
             batch_tokens=batch_size * passage_max_length, **{"device": device} | more)
-        self.pool = None
+        self.tokenizer, self.pool = self.encoder.tokenizer, None
         if isinstance(devices, list) and len(devices) > 1:
             self.pool = EncoderPool(self.encoder, devices)
-
-    @property
-    def tokenizer(self): return self.encoder.tokenizer
 
 # %% ../nbs/06_flag_model.ipynb #62f21649
 @patch

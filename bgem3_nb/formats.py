@@ -221,8 +221,8 @@ def _reject_records(table, bad, reason, path, counts, rejected, field):
 def _bool_mask(a): return a.to_numpy(zero_copy_only=False).astype(bool)
 
 def _fold_keys(texts):
-    """Return a hash of each folded text, 32 letters: equal where the folded texts are, and no second
-    copy of them."""
+    """Return a hash of each folded text, 32 letters: equal where the folded texts are, and no
+    second copy of them."""
     blocks = (texts.slice(a, 1_000).to_pylist() for a in range(0, len(texts), 1_000))
     def key(text): return blake2b(fold(text).encode(), digest_size=16).hexdigest()
     return pa.array([key(text) for block in blocks for text in block], TEXT)

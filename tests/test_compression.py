@@ -11,17 +11,22 @@ from bgem3_nb.scoring import maxsim_scores
 def ragged(counts, d=16, seed=0):
     rng = np.random.default_rng(seed)
     multi = rng.normal(size=(sum(counts), d)).astype(np.float32) + .5
-    return Embeddings(dense=np.ones((len(counts), 2), np.float32), lexical=random_csr(len(counts), 30, .2, "csr", np.float32, random_state=seed),
-                      multi=multi/np.linalg.norm(multi, axis=1, keepdims=True), offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+    return Embeddings(dense=np.ones((len(counts), 2), np.float32),
+                      lexical=random_csr(len(counts), 30, .2, "csr", np.float32, random_state=seed),
+                      multi=multi/np.linalg.norm(multi, axis=1, keepdims=True),
+                      offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
 
 
 @pytest.mark.parametrize("factor", [2, 3, 6])
 def test_pooling_equals_sentence_transformers(factor):
     torch = pytest.importorskip("torch")
-    peer = pytest.importorskip("sentence_transformers.multi_vector_encoder.modules.token_pooling", reason="sentence-transformers 6.2 or newer").HierarchicalTokenPooling
-    emb = ragged([6, 12, 60, 240])           # multiples of the factors: the peer rounds the number of groups down, we round up
+    peer = pytest.importorskip("sentence_transformers.multi_vector_encoder.modules.token_pooling",
+                               reason="sentence-transformers 6.2 or newer").HierarchicalTokenPooling
+    # multiples of the factors: the peer rounds the number of groups down, we round up
+    emb = ragged([6, 12, 60, 240])
     ours = pool_tokens(emb, factor, progress=False)
-    theirs = peer(pool_factor=factor, num_protected_tokens=0).pool([torch.from_numpy(emb.vectors(i)) for i in range(len(emb))])
+    theirs = peer(pool_factor=factor,
+                  num_protected_tokens=0).pool([torch.from_numpy(emb.vectors(i)) for i in range(len(emb))])
     for i, expected in enumerate(theirs):    # the same set of vectors; the order of the groups is free
         found = ours.vectors(i)
         assert found.shape == expected.shape
@@ -39,7 +44,8 @@ def test_properties(seed):
         assert out.offsets.dtype == np.int64 and out.offsets[-1] == len(out.multi) and out.multi.dtype == np.float32
         assert np.allclose(np.linalg.norm(out.multi, axis=1), 1, atol=1e-5)
     counts = token_counts(emb)
-    assert (token_counts(top) == np.ceil(counts * share)).all() and (token_counts(pooled) == np.ceil(counts / factor)).all()
+    assert (token_counts(top) == np.ceil(counts * share)).all()
+    assert (token_counts(pooled) == np.ceil(counts / factor)).all()
     for i in range(len(emb)):                # by the definition: the largest numbers of each text, in order
         a, b = emb.offsets[i:i + 2]
         kept = np.sort(np.argsort(-importance[a:b])[:token_counts(top)[i]])
@@ -53,5 +59,7 @@ def test_properties(seed):
 def test_inputs_stay_as_they_were():
     emb = ragged([7, 3])
     before, offsets = emb.multi.copy(), emb.offsets.copy()
-    keep_top(emb, np.arange(10), k=2); pool_tokens(emb, 2); reduce_dim(emb, fit_pca(emb, 4))
+    keep_top(emb, np.arange(10), k=2)
+    pool_tokens(emb, 2)
+    reduce_dim(emb, fit_pca(emb, 4))
     assert (emb.multi == before).all() and (emb.offsets == offsets).all()

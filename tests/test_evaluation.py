@@ -1,4 +1,5 @@
-"Metrics, words and intervals where the notebook 40_evaluation has no room: names, permutations, spellings, broken input."
+"""Metrics, words and intervals where the notebook 40_evaluation has no room: names, permutations, spellings, broken
+input."""
 import math
 import subprocess
 import sys
@@ -33,7 +34,8 @@ def test_metrics_follow_their_formulas_and_no_order_of_the_corpus(rng):
     assert found.values() == pytest.approx([ndcg(row, rel) for row, rel in zip(scores, qrels)])
     moved = rng.permutation(n_p)
     place = np.argsort(moved)
-    again = evaluate_scores(scores[:, moved], [{int(place[j]) for j in rel} for rel in qrels], ("nDCG@10", "R@5", "RR@10"))
+    again = evaluate_scores(scores[:, moved], [{int(place[j]) for j in rel} for rel in qrels],
+                            ("nDCG@10", "R@5", "RR@10"))
     for metric in found.per_query: assert (found.values(metric) == again.values(metric)).all()
 
 
@@ -63,7 +65,8 @@ def test_words_that_only_look_alike_stay_apart():
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=40), st.sampled_from(["vi", "en", "ar", "th", "zh-Hans"]))
 def test_words_do_not_depend_on_the_form_of_unicode(text, language):
-    assert word_tokens(unicodedata.normalize("NFD", text), language) == word_tokens(unicodedata.normalize("NFC", text), language)
+    assert word_tokens(unicodedata.normalize("NFD", text),
+                       language) == word_tokens(unicodedata.normalize("NFC", text), language)
     assert all(term.strip() for term in word_tokens(text, language))
 
 

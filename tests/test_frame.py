@@ -20,7 +20,8 @@ TEXT = {".py", ".ipynb", ".md", ".yml", ".yaml", ".ini", ".txt", ".jsonl", ".in"
 
 def project_files():
     "The files of the project, without what git ignores; from an unpacked sdist, all files."
-    try: names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPO, capture_output=True, text=True, check=True).stdout.split("\0")
+    try: names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=REPO, capture_output=True,
+                                text=True, check=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError): pytest.skip("not a git clone")
     return [REPO / name for name in names if name and (REPO / name).is_file()]
 
@@ -33,13 +34,15 @@ def test_one_version():
 
 
 def test_top_level():
-    expected = {"nbs", "bgem3_nb", "data", "params", "tests", "settings.ini", "setup.py", "_quarto.yml", "README.md", "LICENSE",
-                "MANIFEST.in", "Makefile", "constraints.txt", ".gitignore", ".ci"}
+    expected = {"nbs", "bgem3_nb", "data", "params", "tests", "settings.ini", "setup.py", "_quarto.yml", "README.md",
+                "LICENSE", "MANIFEST.in", "Makefile", "constraints.txt", ".gitignore", ".ci"}
     assert expected <= {p.name for p in REPO.iterdir()}
 
 
 def test_import_is_light_and_names_resolve():
-    code = "import sys, bgem3_nb; print([m for m in ('torch', 'transformers', 'numpy', 'datasets', 'matplotlib') if m in sys.modules])"
+    code = ("import sys, bgem3_nb; print([m for m in "
+            "('torch', 'transformers', 'numpy', 'datasets', "
+            "'matplotlib') if m in sys.modules])")
     run = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
     assert run.stdout.strip() == "[]", run.stderr
     for name in bgem3_nb.__all__: assert getattr(bgem3_nb, name) is not None
@@ -61,8 +64,10 @@ def test_page_names_are_unique():
 
 @pytest.mark.parametrize("name", chapters())
 def test_a_chapter_is_built_like_the_others(name):
-    "Title and line below it, badge that opens this notebook, install cell that is not evaluated, exported imports alone."
-    cells = [{**c, "source": "".join(c["source"])} for c in json.loads(chapters()[name].read_text(encoding="utf-8"))["cells"]]
+    """Title and line below it, badge that opens this notebook, install cell that is not evaluated, exported imports
+    alone."""
+    cells = [{**c, "source": "".join(c["source"])}
+             for c in json.loads(chapters()[name].read_text(encoding="utf-8"))["cells"]]
     assert re.match(r"# .+\n\n> .+", cells[0]["source"])
     assert f"/nbs/{chapters()[name].name})" in cells[1]["source"]
     assert "#| eval: false" in cells[2]["source"]
@@ -70,7 +75,8 @@ def test_a_chapter_is_built_like_the_others(name):
         if c["cell_type"] != "code" or not c["source"].startswith("#| export"): continue
         lines = [line for line in c["source"].splitlines() if line.strip() and not line.startswith(("#", " ", ")"))]
         if any(line.startswith(("import ", "from ")) for line in lines):
-            assert all(line.startswith(("import ", "from ")) for line in lines), f"imports and other code in one cell of {name}:\n{c['source']}"
+            assert all(line.startswith(("import ", "from "))
+                       for line in lines), f"imports and other code in one cell of {name}:\n{c['source']}"
 
 
 def test_no_path_of_a_machine_in_a_committed_file():
@@ -83,14 +89,17 @@ def test_no_path_of_a_machine_in_a_committed_file():
 def test_extras_are_declared():
     "Every extra that a message names can be installed."
     extras = {k.removesuffix("_requirements") for k in CONFIG if k.endswith("_requirements")} | {"all"}
-    named = {e for f in (REPO / "bgem3_nb").glob("*.py") for group in re.findall(r"bgem3_nb\[([\w,]+)\]", f.read_text(encoding="utf-8")) for e in group.split(",")}
+    named = {e for f in (REPO / "bgem3_nb").glob("*.py")
+             for group in re.findall(r"bgem3_nb\[([\w,]+)\]", f.read_text(encoding="utf-8")) for e in group.split(",")}
     assert named <= extras
 
 
 def test_constraints_pin_every_direct_requirement():
     norm = lambda s: re.sub(r"[-_.]+", "-", s).lower()
-    pinned = {norm(line.split("==")[0]) for line in (REPO / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")}
-    asked = {norm(re.match(r"[\w.-]+", r)[0]) for k, v in CONFIG.items() if k == "requirements" or k.endswith("_requirements") for r in v.split()}
+    pinned = {norm(line.split("==")[0]) for line in (REPO / "constraints.txt").read_text().splitlines()
+              if line and not line.startswith("#")}
+    asked = {norm(re.match(r"[\w.-]+", r)[0]) for k, v in CONFIG.items()
+             if k == "requirements" or k.endswith("_requirements") for r in v.split()}
     assert asked <= pinned, asked - pinned
 
 
@@ -100,7 +109,9 @@ def test_readme_is_the_index_notebook():
 
 def test_the_network_is_refused_and_the_attempt_written_down(tmp_path):
     "The guard that the other tests rely on."
-    log, code = tmp_path / "log", "import socket\ntry: socket.create_connection(('example.org', 80), 1)\nexcept OSError as e: print(e)"
+    log = tmp_path / "log"
+    code = ("import socket\ntry: socket.create_connection(('example.org', 80), 1)\n"
+            "except OSError as e: print(e)")
     env = {**os.environ, "PYTHONPATH": str(REPO / "tests" / "offline"), "BGEM3_NB_NET_LOG": str(log)}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert "example.org was asked for" in run.stdout and log.read_text().startswith("example.org from")

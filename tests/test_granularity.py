@@ -15,8 +15,8 @@ from transformers import ByT5Tokenizer
 from bgem3_nb.backbone import TextTokenizer
 from bgem3_nb.encoding import M3Encoder
 from bgem3_nb.scoring import read_tokens
-from bgem3_nb.granularity import (LEVELS, mcls_embeddings, passage_spans, pool_spans, sentence_spans, span_embeddings, token_states,
-                                  windows)
+from bgem3_nb.granularity import (LEVELS, mcls_embeddings, passage_spans, pool_spans, sentence_spans, span_embeddings,
+                                  token_states, windows)
 
 TEXT = st.one_of(st.text(max_size=80), st.text("aÁ1.)! \n\r؟۔。…\"»é\u200bﷺ", max_size=80),
                  st.text("aB. \n", max_size=200))
@@ -24,7 +24,8 @@ TEXT = st.one_of(st.text(max_size=80), st.text("aÁ1.)! \n\r؟۔。…\"»é\u20
 
 @pytest.fixture(scope="module")
 def encoder():
-    return M3Encoder.from_pretrained("embedded", new_heads="identity", progress=False, device="cpu", dtype=torch.float32)
+    return M3Encoder.from_pretrained("embedded", new_heads="identity", progress=False, device="cpu",
+                                     dtype=torch.float32)
 
 
 def check_cover(text, spans):
@@ -109,7 +110,8 @@ def test_document_of_a_cls_model_is_its_cls(encoder):
     kept, model.config = model.config, type(model.config)(pooling="cls")
     try:
         text = ["Người lao động được nghỉ. Tàu biển."]
-        np.testing.assert_allclose(span_embeddings(encoder, text, "document").embeddings.dense, encoder.encode(text).dense, atol=1e-5)
+        np.testing.assert_allclose(span_embeddings(encoder, text, "document").embeddings.dense,
+                                   encoder.encode(text).dense, atol=1e-5)
         sentence, states = span_embeddings(encoder, text), encoder.hidden(encoder.tokenize(text))[0]
         mean = states[1:len(sentence.embeddings.vectors(0)) + 1].mean(0)
         np.testing.assert_allclose(sentence.embeddings.dense[0], (mean / mean.norm()).numpy(), atol=1e-5)

@@ -1,4 +1,5 @@
-"""Queries from an endpoint: a real HTTP server on this machine that answers, throttles, stalls, hangs up and talks nonsense; and processes that are killed."""
+"""Queries from an endpoint: a real HTTP server on this machine that answers, throttles, stalls, hangs up and talks
+nonsense; and processes that are killed."""
 import json
 import os
 import signal
@@ -29,7 +30,9 @@ class Handler(BaseHTTPRequestHandler):
     def send(self, status, body, more=(), length=None):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": length or len(body), **dict(more)}.items(): self.send_header(name, str(value))
+        for name, value in {"Content-Type": "application/json", "Content-Length": length or len(body),
+                            **dict(more)}.items():
+            self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
         self.wfile.flush()
@@ -50,23 +53,37 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.lock: self.server.now -= 1
 
     def complete(self, content, finish="stop", usage=USAGE):
-        self.send(200, {"id": "x", "object": "chat.completion", "choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": finish}], "usage": usage})
+        self.send(200, {
+            "id": "x", "object": "chat.completion",
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": finish}],
+            "usage": usage})
 
     def act(self, action, text, call):
         types = call.get("response_format", {}).get("json_schema", {}).get("schema", {}).get("required", TYPES)
         good = json.dumps({t: [f"{t} about {text}"] for t in types})
         kind, _, detail = str(action).partition(" ")
         if kind == "ok": self.complete(good)
-        elif kind == "slow": time.sleep(float(detail)); self.complete(good)
-        elif kind == "hold": self.server.release.wait(600); self.complete(good)
+        elif kind == "slow":
+            time.sleep(float(detail))
+            self.complete(good)
+        elif kind == "hold":
+            self.server.release.wait(600)
+            self.complete(good)
         elif kind == "priced": self.complete(good, usage=USAGE | {"cost": float(detail)})
         elif kind == "oddcost": self.complete(good, usage=USAGE | {"cost": "free"})
         elif kind == "uncounted": self.complete(good, usage=None)
         elif kind == "throttle": self.send(429, {"error": {"message": "too many requests"}}, {"Retry-After": detail})
-        elif kind == "quota": self.send(429, {"error": {"message": "quota", "code": "insufficient_quota"}}, {"x-should-retry": "false"})
-        elif kind == "status": self.send(int(detail), {"error": {"message": f"no, {self.headers['Authorization']}"}}, {"Retry-After": "0.02"})
-        elif kind == "hangup": self.close_connection = True; self.connection.close()
-        elif kind == "half": self.send(200, b'{"choices": [{"mess', length=500); self.close_connection = True; self.connection.shutdown(2)
+        elif kind == "quota": self.send(429, {"error": {"message": "quota", "code": "insufficient_quota"}},
+                                        {"x-should-retry": "false"})
+        elif kind == "status": self.send(int(detail), {"error": {"message": f"no, {self.headers['Authorization']}"}},
+                                         {"Retry-After": "0.02"})
+        elif kind == "hangup":
+            self.close_connection = True
+            self.connection.close()
+        elif kind == "half":
+            self.send(200, b'{"choices": [{"mess', length=500)
+            self.close_connection = True
+            self.connection.shutdown(2)
         elif kind == "html": self.send(200, b"<html>Please log in</html>", {"Content-Type": "text/html"})
         elif kind == "brokenbody": self.send(200, b'{"choices": [{"message": ')
         elif kind == "error200": self.send(200, {"error": {"code": 502, "message": "provider down"}})
@@ -96,7 +113,8 @@ def ask(server, tmp_path):
     def run(n=3, **more):
         names = {name: more.pop(name) for name in list(more) if name in Endpoint.__dataclass_fields__}
         endpoint = Endpoint(**{"model": "m", "base_url": server.url, "retries": 2, "timeout": 60} | names)
-        out = generate_queries(passages(n), endpoint, tmp_path / "cache.sqlite", **{"types": TYPES, "progress": False, "concurrency": 4} | more)
+        out = generate_queries(passages(n), endpoint, tmp_path / "cache.sqlite",
+                               **{"types": TYPES, "progress": False, "concurrency": 4} | more)
         check(out, n)
         return out
     return run
@@ -112,15 +130,19 @@ def check(out, n):
     parts = [with_queries, {f["id"] for f in out.failed}, set(out.not_reached)]
     assert sum(map(len, parts)) == n and set().union(*parts) == {f"id{i}" for i in range(n)}
     r = out.report
-    assert [r["passages"], r["with_queries"], r["failed"], r["not_reached"]] == [n, *map(len, parts)] and r["queries"] == len(out.rows)
+    assert [r["passages"], r["with_queries"], r["failed"],
+            r["not_reached"]] == [n, *map(len, parts)] and r["queries"] == len(out.rows)
     assert all(f["reason"] for f in out.failed)
 
 
 def test_rows_and_what_is_sent(server, ask, tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "sk-secret")
     out = ask(3, key_env="SOME_KEY", temperature=.5, extra={"seed": 7})
-    assert [(r["query"], r["pos"], r["pos_ids"], r["query_type"], r["language"], r["domain"], r["query_id"]) for r in out.rows][:2] == [
-        ("question about p0", ["p0"], ["id0"], "question", "en", "d", "id0/question/0"), ("keywords about p0", ["p0"], ["id0"], "keywords", "en", "d", "id0/keywords/0")]
+    assert [(r["query"], r["pos"], r["pos_ids"], r["query_type"], r["language"], r["domain"],
+             r["query_id"]) for r in out.rows][:2] == [("question about p0", ["p0"], ["id0"], "question", "en", "d",
+                                                        "id0/question/0"),
+                                                       ("keywords about p0", ["p0"], ["id0"], "keywords", "en", "d",
+                                                        "id0/keywords/0")]
     _, _, headers, call = server.seen[0]
     assert headers["authorization"] == "Bearer sk-secret"
     assert (call["model"], call["max_tokens"], call["temperature"], call["seed"]) == ("m", 1000, .5, 7)
@@ -157,8 +179,11 @@ def test_throttled_for_too_long_fails_with_the_time_asked(server, ask):
     assert "asks to wait 3600 s" in out.failed[0]["reason"] and asked(server)["p0"] == 1
 
 
-@pytest.mark.parametrize("action, reason", [("slow 9", "within 1.5 s (2 times)"), ("hangup", "no connection"), ("half", "no connection"), ("status 500", "status 500"),
-                                            ("html", "no chat completion: '<html>"), ("brokenbody", "no chat completion"), ("error200", "provider down")])
+@pytest.mark.parametrize("action, reason",
+                         [("slow 9", "within 1.5 s (2 times)"), ("hangup", "no connection"), ("half", "no connection"),
+                          ("status 500", "status 500"),
+                                            ("html", "no chat completion: '<html>"),
+                          ("brokenbody", "no chat completion"), ("error200", "provider down")])
 def test_on_the_way(server, ask, tmp_path, action, reason):
     "Trouble once is repeated; trouble for ever is a failure with its reason, and no paid answer."
     server.script = {"p0": [action], "p1": [action] * 9}
@@ -170,13 +195,18 @@ def test_on_the_way(server, ask, tmp_path, action, reason):
     assert not again.failed and asked(server) == {"p0": 2, "p1": 3, "p2": 1} and again.report["cached"] == 2
 
 
-@pytest.mark.parametrize("action, reason", [("say I am sorry", "no JSON object"), ('say {"question": ["a b"]', "Invalid JSON"), ('say {"question": ["a b"]}', "keywords: Field required"), ("none", "no JSON object"),
-                                            ('say {"question": "a", "keywords": ["b c"]}', "question: Input should be a valid array")])
+@pytest.mark.parametrize("action, reason",
+                         [("say I am sorry", "no JSON object"), ('say {"question": ["a b"]', "Invalid JSON"),
+                          ('say {"question": ["a b"]}', "keywords: Field required"), ("none", "no JSON object"),
+                                            ('say {"question": "a", "keywords": ["b c"]}',
+                                             "question: Input should be a valid array")])
 def test_not_as_asked(server, ask, action, reason):
     "Asked again at most `tries` times, over all runs together."
     server.script = {"p0": [action], "p1": [action] * 9}
     out = ask(2, tries=3)
-    assert [f["id"] for f in out.failed] == ["id1"] and reason in out.failed[0]["reason"] and "(answers: 3)" in out.failed[0]["reason"]
+    assert [f["id"] for f in out.failed] == ["id1"]
+    assert reason in out.failed[0]["reason"]
+    assert "(answers: 3)" in out.failed[0]["reason"]
     assert (out.report["calls"], out.report["unusable"], asked(server)) == (5, 4, {"p0": 2, "p1": 3})
     assert ask(2, tries=3).failed == out.failed and len(server.seen) == 5       # paid for, and known
     server.script = {}
@@ -196,14 +226,18 @@ def test_key_refused(server, ask, tmp_path, monkeypatch):
     assert len(server.seen) <= 4 and "secret" not in str(e.value)
     check(e.value.generated, 50)
     assert e.value.generated.report["not_reached"] == 50
-    server.default, server.script = "ok", {"p3": ["status 401"]}                # refused in the middle: what was made stays
+    # refused in the middle: what was made stays
+    server.default, server.script = "ok", {"p3": ["status 401"]}
     out = ask(50, key_env="SOME_KEY", concurrency=1)
-    assert out.report["with_queries"] == 3 and "the key was refused" in out.report["stopped"] and "secret" not in json.dumps(out.report)
+    assert out.report["with_queries"] == 3
+    assert "the key was refused" in out.report["stopped"]
+    assert "secret" not in json.dumps(out.report)
     monkeypatch.delenv("SOME_KEY")
     with pytest.raises(ValueError, match="environment variable SOME_KEY, which is not set"): ask(50, key_env="SOME_KEY")
 
 
-@pytest.mark.parametrize("action, reason", [("status 402", "no credit"), ("status 404", "no model 'm'"), ("quota", "quota is used up")])
+@pytest.mark.parametrize("action, reason",
+                         [("status 402", "no credit"), ("status 404", "no model 'm'"), ("quota", "quota is used up")])
 def test_no_passage_could_do_better(server, ask, action, reason):
     server.script = {"p1": [action]}
     out = ask(9, concurrency=1)
@@ -212,36 +246,47 @@ def test_no_passage_could_do_better(server, ask, action, reason):
 
 def test_gives_up_when_nothing_works(server, ask):
     server.default = "status 400"
-    with pytest.raises(EndpointError, match="3 passages in a row failed; the last one: status 400"): ask(40, give_up=3, concurrency=1)
+    with pytest.raises(EndpointError, match="3 passages in a row failed; the last one: status 400"):
+        ask(40, give_up=3, concurrency=1)
     assert len(server.seen) == 3
-    server.default, server.script = "ok", {f"p{i}": ["status 400"] for i in range(0, 40, 2)}    # every second one: no reason to stop
+    # every second one: no reason to stop
+    server.default, server.script = "ok", {f"p{i}": ["status 400"] for i in range(0, 40, 2)}
     out = ask(40, give_up=3, concurrency=1)
     assert (out.report["failed"], out.report["not_reached"], out.report["stopped"]) == (20, 0, "")
 
 
 def test_pilot_dry_run_and_full(server, ask, tmp_path):
     plan = ask(20, dry_run=True, key_env="A_KEY_NOBODY_HAS")                     # needs no key
-    assert sorted(f.name for f in plan.save(tmp_path / "out").iterdir()) == ["failed.jsonl", "prompts.jsonl", "queries.jsonl", "report.json"]
-    assert not server.seen and plan.report["estimate"]["calls"] == len(plan.prompts) == 20 and plan.report["stopped"] == "dry run"
+    assert sorted(f.name for f in plan.save(tmp_path / "out").iterdir()) == [
+        "failed.jsonl", "prompts.jsonl", "queries.jsonl", "report.json"]
+    assert not server.seen
+    assert plan.report["estimate"]["calls"] == len(plan.prompts) == 20
+    assert plan.report["stopped"] == "dry run"
     pilot = ask(20, pilot=4)
     assert (pilot.report["with_queries"], pilot.report["not_reached"], pilot.report["stopped"]) == (4, 16, "pilot")
-    assert len(asked(server)) == 4 and ask(20, pilot=4).rows.to_list() == pilot.rows.to_list() and ask(20, pilot=4, seed=1).not_reached != pilot.not_reached
+    assert len(asked(server)) == 4 and ask(20, pilot=4).rows.to_list() == pilot.rows.to_list() and ask(
+        20, pilot=4, seed=1).not_reached != pilot.not_reached
     plan = ask(20, dry_run=True)
-    assert plan.report["estimate"]["tokens_out"] == 50 * plan.report["estimate"]["calls"]       # as the endpoint counted
+    # as the endpoint counted
+    assert plan.report["estimate"]["tokens_out"] == 50 * plan.report["estimate"]["calls"]
     ask(20)
     assert asked(server) == {f"p{i}": 1 for i in range(20)}
 
 
-PRICES = dict(price_in=100, price_out=1000, max_tokens=60)                       # a call costs 0.07, and at most about 0.25
+# a call costs 0.07, and at most about 0.25
+PRICES = dict(price_in=100, price_out=1000, max_tokens=60)
 
 def test_budget_is_never_overrun(server, ask):
     server.default = "slow 0.01"
     out = ask(40, budget=1.1, concurrency=8, **PRICES)
-    assert out.report["cost"] <= 1.1 and out.report["with_queries"] == len(server.seen) >= 5 and "the budget of 1.1 has" in out.report["stopped"]
+    assert out.report["cost"] <= 1.1
+    assert out.report["with_queries"] == len(server.seen) >= 5
+    assert "the budget of 1.1 has" in out.report["stopped"]
     assert ask(40, budget=1.1, concurrency=8, **PRICES).report["calls"] == 0     # earlier runs count
     more = ask(40, budget=2, concurrency=8, **PRICES)
     assert 1.1 < more.report["cost_with_cache"] <= 2 and max(asked(server).values()) == 1
-    assert ask(3, budget=.01, **PRICES | {"max_tokens": 61}).report["not_reached"] == 3     # not even one: no error, nothing spent
+    # not even one: no error, nothing spent
+    assert ask(3, budget=.01, **PRICES | {"max_tokens": 61}).report["not_reached"] == 3
 
 
 def billed(server):
@@ -254,10 +299,13 @@ def billed(server):
 
 
 @pytest.mark.parametrize("retries, tries", [(0, 1), (2, 3)])
-@pytest.mark.parametrize("trouble", ["slow 9", "hangup", "half", "status 500", "status 429", "html", "error200", "say nothing"])
+@pytest.mark.parametrize("trouble",
+                         ["slow 9", "hangup", "half", "status 500", "status 429", "html", "error200", "say nothing"])
 def test_budget_holds_whatever_fails(server, ask, trouble, retries, tries):
-    "With all the calls that run side by side, that are repeated, that time out: the bill stays below the budget, and below the estimate."
-    settings = PRICES | dict(timeout=.15 if "slow" in trouble else 60, retries=retries, tries=tries, concurrency=8, give_up=99)
+    """With all the calls that run side by side, that are repeated, that time out: the bill stays below the budget,
+    and below the estimate."""
+    settings = PRICES | dict(timeout=.15 if "slow" in trouble else 60, retries=retries, tries=tries, concurrency=8,
+                             give_up=99)
     server.script = {f"p{i}": [trouble] * (i % 3) for i in range(12)}            # none, one or two times
     def promised(**more): return ask(12, dry_run=True, **settings, **more).report["estimate"]["cost_at_most"]
     assert promised(budget=1) == 1 < promised()
@@ -265,7 +313,9 @@ def test_budget_holds_whatever_fails(server, ask, trouble, retries, tries):
     assert 0 < billed(server) <= out.report["cost"] + 1e-6 <= 1 + 2e-6
     before, most = billed(server), promised()
     more = ask(12, **settings)                                                   # without a budget
-    assert billed(server) <= more.report["cost_with_cache"] + 1e-6 and billed(server) - before <= most and not more.not_reached
+    assert billed(server) <= more.report["cost_with_cache"] + 1e-6
+    assert billed(server) - before <= most
+    assert not more.not_reached
     known = trouble in ("status 429", "say nothing")
     if known: assert out.report["lost"] == 0 and out.report["cost"] == pytest.approx(before, abs=1e-5)
     else: assert out.report["lost"] and out.report["not_reached"] and "the budget of 1 has" in out.report["stopped"]
@@ -278,7 +328,8 @@ def test_lost_calls_count_in_the_next_run(server, ask, tmp_path, env):
     first = e.value.generated.report
     assert first["lost"] == 2 and first["calls"] == 0 and .2 < first["cost"] < .6
     again = ask(1, **PRICES).report
-    assert again["lost"] == 0 and again["cost"] == pytest.approx(.07) and again["cost_with_cache"] == pytest.approx(first["cost"] + .07, abs=1e-5)
+    assert again["lost"] == 0 and again["cost"] == pytest.approx(.07) and again["cost_with_cache"] == pytest.approx(
+        first["cost"] + .07, abs=1e-5)
     server.script = {f"p{i}": ["hold"] for i in range(1, 5)}
     process = child(server, tmp_path, env, 5)
     wait_for(lambda: server.now == 4, process)
@@ -292,8 +343,10 @@ def test_a_price_that_is_not_true_stops_the_run(server, ask):
     "The first call goes alone; what it cost shows that the prices are wrong."
     server.default = "priced 0.5"
     out = ask(20, budget=1, concurrency=8, **PRICES)
-    assert len(server.seen) == 1 and out.report["cost"] == .5 and "a call cost 0.5, but by price_in" in out.report["stopped"]
-    server.default = "priced -7"                                                 # nonsense is not taken off what was spent
+    assert len(server.seen) == 1 and out.report["cost"] == .5 and "a call cost 0.5, but by price_in" in out.report[
+        "stopped"]
+    # nonsense is not taken off what was spent
+    server.default = "priced -7"
     assert ask(21, price_in=1, price_out=1).report["cost"] > 0
 
 
@@ -317,16 +370,22 @@ def test_budget_with_threads(limit, calls):
     threads = [threading.Thread(target=work) for _ in range(3)]
     for t in threads: t.start()
     for t in threads: t.join(10)
-    assert not any(t.is_alive() for t in threads) and sum(paid) <= limit * 1.0001 and budget.held == 0 and budget.spent == pytest.approx(sum(paid))
+    assert not any(t.is_alive() for t in threads)
+    assert sum(paid) <= limit * 1.0001
+    assert budget.held == 0
+    assert budget.spent == pytest.approx(sum(paid))
 
 
 def child(server, tmp_path, env, n):
     code = ("import signal, sys; from bgem3_nb.queries import *\n"
             "def interrupted(*_): print('interrupted', flush=True); raise KeyboardInterrupt\n"
             "signal.signal(signal.SIGINT, interrupted)\n"
-            f"passages = [{{'id': f'id{{i}}', 'text': f'p{{i}}', 'language': 'en', 'domain': 'd'}} for i in range({n})]\n"
-            f"generate_queries(passages, Endpoint('m', {server.url!r}, retries=2, timeout=600), {str(tmp_path / 'cache.sqlite')!r}, types={TYPES}, concurrency=4, progress=False)")
-    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            f"passages = [{{'id': f'id{{i}}', 'text': f'p{{i}}', 'language': 'en', 'domain': 'd'}} for i in "
+            f"range({n})]\n"
+            f"generate_queries(passages, Endpoint('m', {server.url!r}, retries=2, timeout=600), "
+            f"{str(tmp_path / 'cache.sqlite')!r}, types={TYPES}, concurrency=4, progress=False)")
+    return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
 
 def wait_for(condition, process, seconds=300):
     "Waits as long as a busy machine needs; a process that ends before it is a failure."
@@ -374,7 +433,9 @@ def test_anything_may_happen_and_every_passage_is_accounted_for(server, ask):
 def test_one_cache_for_several_runs_at_once(tmp_path):
     def write(name):
         cache = AnswerCache(tmp_path / "c.sqlite")
-        for i in range(20): cache.put(f"{name}{i}", Answer(name, "stop", 1, 1, None)); cache.put("same", Answer(name, "stop", 1, 1, None))
+        for i in range(20):
+            cache.put(f"{name}{i}", Answer(name, "stop", 1, 1, None))
+            cache.put("same", Answer(name, "stop", 1, 1, None))
         cache.close()
     threads = [threading.Thread(target=write, args=(name,)) for name in "abc"]
     for t in threads: t.start()
@@ -386,10 +447,13 @@ def test_one_cache_for_several_runs_at_once(tmp_path):
 def test_without_the_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     few = passages(2)
-    with pytest.raises(ImportError, match=r"bgem3_nb\[queries\]"): generate_queries(few, Endpoint("m", "vllm"), tmp_path / "c.sqlite", progress=False)
-    assert generate_queries(few, Endpoint("m", "vllm"), tmp_path / "c.sqlite", dry_run=True).report["estimate"]["calls"] == 2
+    with pytest.raises(ImportError, match=r"bgem3_nb\[queries\]"):
+        generate_queries(few, Endpoint("m", "vllm"), tmp_path / "c.sqlite", progress=False)
+    assert generate_queries(few, Endpoint("m", "vllm"), tmp_path / "c.sqlite",
+                            dry_run=True).report["estimate"]["calls"] == 2
 
 
 def test_a_passage_s_language_is_one_code():
-    assert [p["language"] for p in read_passages([{"id": 1, "text": "a", "language": "vi-VN"}, {"id": 2, "text": "b", "language": "VI"}])] == ["vi"] * 2
+    assert [p["language"] for p in read_passages([{"id": 1, "text": "a", "language": "vi-VN"},
+                                                  {"id": 2, "text": "b", "language": "VI"}])] == ["vi"] * 2
     assert read_passages([{"id": 1, "text": "a"}], "ar_EG")[0]["language"] == "ar"
