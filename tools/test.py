@@ -132,7 +132,8 @@ def jobs():
     env, clone = (offline | {"PYTHONPATH": f"{top}{os.pathsep}{offline['PYTHONPATH']}"} for top in (installed, root))
     there = f"import bgem3_nb; assert bgem3_nb.__file__.startswith({str(installed)!r}), bgem3_nb.__file__"
     call(sys.executable, "-c", there, cwd=empty, env=env)
-    names = [path.stem[3:] for path in sorted((root / "nbs").glob("[56][0-9]_*.ipynb"))]
+    found = "from bgem3_nb.jobs import find_jobs; print(*find_jobs())"
+    names = subprocess.check_output([sys.executable, "-c", found], cwd=empty, env=env, text=True).split()
     for name in names:
         if not (root / "params" / f"{name}_smoke.yaml").is_file():
             raise AssertionError(f"the job {name} has no params/{name}_smoke.yaml")
