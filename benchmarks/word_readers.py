@@ -88,7 +88,9 @@ LIST = (f'<w:abstractNum w:abstractNumId="3"><w:multiLevelType w:val="multilevel
         + level(0, "decimal", "Điều %1.", '<w:pStyle w:val="Heading2"/>') + level(1, "lowerLetter", "%2)")
         + '</w:abstractNum><w:num w:numId="7"><w:abstractNumId w:val="3"/></w:num>')
 ARTICLE = '<w:pStyle w:val="Heading2"/>'
-CHECKMERGE = '<w:tcPr><w:vMerge w:val="{}"/></w:tcPr>'
+CHECKBOX = ('<w:sdt><w:sdtPr><w14:checkbox><w14:checked w14:val="{}"/></w14:checkbox></w:sdtPr>'
+            '<w:sdtContent><w:r><w:t>{}</w:t></w:r></w:sdtContent></w:sdt><w:r><w:t>{}</w:t></w:r>')
+MERGE = '<w:tcPr><w:vMerge w:val="{}"/></w:tcPr>'
 BOX = '<w:txbxContent>' + p("Lưu ý trong khung") + '</w:txbxContent>'
 NOTES = ('<w:footnote w:id="2">' + p("Sahih al-Bukhari, số 6018.") + '</w:footnote>')
 CONTROLLED = f"<w:sdt><w:sdtPr/><w:sdtContent><w:tc>{p('Kế toán')}</w:tc></w:sdtContent></w:sdt>"

@@ -567,7 +567,7 @@ def plan_job(
     for k, v in values.items():
         if k != "out" and (own := _own_data(v)) != v:
             values[k], origins[k] = own, f"{origins[k]} (the project's own data)"
-    values["out"] = os.path.expanduser(values["out"] or f"data/runs/{name}")
+    values["out"] = _at_home(values["out"] or f"data/runs/{name}")
     return JobPlan(name, path, values, origins, Path(values["out"]))
 
 # %% ../nbs/49_jobs.ipynb #26ac719e

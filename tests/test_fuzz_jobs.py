@@ -2,7 +2,7 @@
 from typing import Any, Literal
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from bgem3_nb.jobs import Fields, JobError, Place, Unsure, fit_value, from_text, plan_job, read_params
@@ -97,6 +97,7 @@ def test_files_of_bytes(toy):
 def test_words(toy):
     @SOME
     @given(st.lists(st.tuples(st.sampled_from(NAMES) | texts, texts), max_size=3), st.none() | texts)
+    @example([], "~\0")
     def fuzz(words, out): check_plan(words=words, out=out)
     fuzz()
 
