@@ -971,9 +971,12 @@ def run_job(
 
 # %% ../nbs/49_jobs.ipynb #8c1d0e38
 def _html_table(rows):
-    "Return an HTML table whose cells wrap, so that no value is cut off."
-    style = "text-align:left;vertical-align:top;white-space:normal;overflow-wrap:anywhere"
-    def line(cells): return "".join(f'<td style="{style}">{c}</td>' for c in cells)
+    "Return an HTML table whose cells wrap, so that no value is cut off; names stay whole."
+    place = "text-align:left;vertical-align:top;white-space"
+    def cell(text, wraps):
+        how = "normal;overflow-wrap:anywhere" if wraps else "nowrap"
+        return f'<td style="{place}:{how}">{text}</td>'
+    def line(cells): return "".join(cell(c, wraps=i > 0) for i, c in enumerate(cells))
     return f'<table style="width:100%">{"".join(f"<tr>{line(r)}</tr>" for r in rows)}</table>'
 
 

@@ -98,18 +98,18 @@ def out_of_order(nbs):
     return bad
 
 
-def first_sentence(node):
-    "The first line of a docstring, or nothing."
-    return (ast.get_docstring(node) or "").split("\n")[0]
+def summary_of(node):
+    "The first paragraph of a docstring on one line, or nothing."
+    return " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
 
 
 def public_names(module):
-    """(name, first line of its docstring) of the functions and classes in a module's `__all__`, in their order on
+    """(name, what its docstring says first) of the functions and classes in a module's `__all__`, in their order on
     the page."""
     tree = ast.parse(module.read_text(encoding="utf-8"))
     listed = next((ast.literal_eval(n.value) for n in tree.body
                    if isinstance(n, ast.Assign) and getattr(n.targets[0], "id", "") == "__all__"), [])
-    return [(n.name, first_sentence(n)) for n in tree.body
+    return [(n.name, summary_of(n)) for n in tree.body
             if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in listed]
 
 
