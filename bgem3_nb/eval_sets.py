@@ -384,12 +384,16 @@ def _kind_of(
     return "rows"
 
 def _gold_corpus(path, corpus):
-    "Return the corpus of a gold standard, which may be named in a file beside it."
+    "Return the corpus of a gold standard; a corpora.json beside it maps its name to the source."
     path = Path(path)
     if corpus: return corpus
     beside = path.with_name("corpora.json")
     named = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
-    if path.stem in named: return named[path.stem]
+    if path.stem in named:
+        found = dict(named[path.stem]) if isinstance(named[path.stem], dict) else {
+            "data": named[path.stem]}
+        if (path.parent/found["data"]).exists(): found["data"] = path.parent/found["data"]
+        return found
     if (path.parent/"corpus.jsonl").is_file(): return path.parent/"corpus.jsonl"
     raise RowError("the corpus of these questions is not known; name it with the option corpus, "
                    "or put a corpus.jsonl beside them", path)
