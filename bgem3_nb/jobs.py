@@ -6,7 +6,8 @@
 __all__ = ['RENAMED', 'JobError', 'job_roots', 'is_job', 'find_jobs', 'about_job', 'Fields', 'JobParam', 'job_params', 'Unsure',
            'Misfit', 'fit_value', 'closest', 'from_text', 'find_params', 'Place', 'read_params', 'JobPlan',
            'job_notebook', 'plan_job', 'part_path', 'with_stamps', 'part_result', 'run_directory', 'JobFailed',
-           'execute_plan', 'summary_text', 'run_job', 'html_table', 'JobSummary', 'ParameterTable', 'JobReport']
+           'execute_plan', 'summary_text', 'unmet_requirements', 'run_job', 'html_table', 'JobSummary',
+           'ParameterTable', 'JobReport']
 
 # %% ../nbs/48_jobs.ipynb #e9dddd07
 import ast
@@ -862,7 +863,7 @@ def execute_plan(
     progress: bool = True,    # section titles and progress bars
     hide_code: bool = False,  # leave the code out of the HTML page
 ) -> Path:                    # the executed notebook
-    "Run a plan; if the notebook fails, a `JobFailed` holds the error's own sentence."
+    "Run a plan; a `JobFailed` says why its notebook failed, or which requirement is not met."
     for module in ("papermill", "ipykernel", "nbconvert"): _needs(module)
     running, done, failed, page = map(plan.file, _SUFFIXES)
     with run_directory(plan, force):
@@ -872,6 +873,8 @@ def execute_plan(
         if code: raise JobFailed(f"job {plan.name!r} {error}", failed, code)
         _write_html(done, page, hide_code)
         if text := summary_text(done): print(text)
+        if unmet := unmet_requirements(done):
+            raise JobFailed(f"job {plan.name!r} finished, but {'; '.join(unmet)}", done)
     return done
 
 # %% ../nbs/48_jobs.ipynb #1dc30018
@@ -957,14 +960,28 @@ def _write_html(notebook, target, hide_code):
     replace_file(target, page)
 
 # %% ../nbs/48_jobs.ipynb #8c1d0e3e
+def _summary(notebook):
+    "Return the output that holds the summary of an executed notebook, or None."
+    nb = _needs("nbformat").read(notebook, 4)
+    outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
+    own = [o for o in outputs if o.get("metadata", {}).get("bgem3_nb") == "summary"]
+    return own[0] if own else None
+
+
 def summary_text(
     notebook: str | Path,  # executed
 ) -> str:
     "Return the summary of an executed notebook as text, or nothing."
-    nb = _needs("nbformat").read(notebook, 4)
-    outputs = [o for c in nb.cells if c.cell_type == "code" for o in c.outputs]
-    own = [o for o in outputs if o.get("metadata", {}).get("bgem3_nb") == "summary"]
-    return own[0].data.get("text/plain", "") if own else ""
+    found = _summary(notebook)
+    return found.data.get("text/plain", "") if found else ""
+
+
+def unmet_requirements(
+    notebook: str | Path,  # executed
+) -> list[str]:            # a line for each
+    "Return the requirements that a job was given and found not to be met."
+    found = _summary(notebook)
+    return list(found.metadata.get("unmet", [])) if found else []
 
 # %% ../nbs/48_jobs.ipynb #b0940949
 def run_job(
@@ -999,10 +1016,11 @@ class JobSummary:
     asked: str = ""             # one or two sentences
     found: Sequence[str] = ()   # one line for each result
     then: Sequence[str] = ()    # one line for each thing to do
+    unmet: Sequence[str] = ()   # one line for each requirement that is not met
 
     def _lines(self):
         asked = [self.asked] if self.asked else []
-        return {"asked": asked, "came out": self.found, "next": self.then}
+        return {"asked": asked, "came out": self.found, "not met": self.unmet, "next": self.then}
 
     def _repr_html_(self):
         if not self.asked: return "<p><i>The job has not ended: there is no summary yet.</i></p>"
@@ -1064,6 +1082,8 @@ class JobReport:
         asked: str,                  # what was asked, one or two sentences
         found: Sequence[str],        # what came out, a line for each result
         then: Sequence[str] = (),    # what to do next, a line for each thing
+        unmet: Sequence[str] = (),   # requirements that are not met: the exit code becomes 1
     ):
         "Fill the summary at the top."
-        self.place.update(JobSummary(asked, found, then), metadata=_SUMMARY)
+        kept = _SUMMARY | ({"unmet": list(unmet)} if unmet else {})
+        self.place.update(JobSummary(asked, found, then, unmet), metadata=kept)

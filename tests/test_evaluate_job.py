@@ -1,0 +1,80 @@
+"""The job `evaluate`: what fails beside what does not, requirements and the exit code, results taken over, and models
+of others."""
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import REPO
+
+from bgem3_nb.eval_sets import eval_set, sample_set
+from bgem3_nb.systems import judge, open_systems
+
+LAW = "data/law_mini.jsonl"
+
+
+def read(path): return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_failures_requirements_and_results_that_are_taken_over(launch, tmp_path):
+    "One model and one set cannot be opened, one requirement is not met: all else is there, and the exit code is 1."
+    config = {"models": ["bm25", "no/such/model"], "sets": [{"data": LAW, "name": "law"}, "no/such/rows.jsonl"],
+              "modes": ["dense"], "max_rows": 40, "slices": ["domain"],
+              "require": {"BM25.R@100": .5, "law": {"BM25.RR@10": .999}, "dense.R@10": .1}}
+    (tmp_path / "mine.json").write_text(json.dumps(config))
+    done = launch("evaluate", "-f", "mine.json", "--out", "run")
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "finished, but BM25.RR@10 is " in done.stderr and "below the required 0.999" in done.stderr
+    assert "there is no system 'dense'" in done.stderr and "BM25.R@100 is 1.000" in done.stdout
+    assert (tmp_path / "run" / "evaluate.html").is_file()
+    metrics = read(tmp_path / "run" / "metrics.json")
+    assert list(metrics["failures"]) == ["set no/such/rows.jsonl", "no/such/model on law"]
+    assert list(metrics["evaluations"]) == ["law"] and list(metrics["evaluations"]["law"]) == ["BM25"]
+    assert list(metrics["slices"]) == ["law/domain"]
+    means = read(tmp_path / "run" / "performance_metrics.json")["BM25"]
+    assert means["law"] == means["mean"]
+    kept = pd.read_parquet(tmp_path / "run" / "per_query.parquet")
+    assert len(kept) == 40 and kept["RR@10"].mean() == pytest.approx(means["law"]["RR@10"])
+    parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "parts").glob("bm25*.json")}
+    assert len(parts) == 1
+
+    run_file = str((tmp_path / "run" / "runs" / "law.BM25.trec").rename(tmp_path / "engine.trec"))
+    done = launch("evaluate", "-f", "mine.json", "--out", "run", "--force", "-p", "models", f"[bm25, '{run_file}']",
+                  "-p", "sets", f"[{{data: {LAW}, name: law}}]", "-p", "require", "{engine.R@100: 1}")
+    assert done.returncode == 0, done.stderr
+    assert {p: p.stat().st_mtime_ns for p in parts} == parts
+    found = read(tmp_path / "run" / "metrics.json")
+    assert not found["failures"] and found["evaluations"]["law"]["engine"] == found["evaluations"]["law"]["BM25"]
+    assert [(t["a"], t["b"], t["difference"], t["p_holm"]) for t in found["tests"]] == [("BM25", "engine", 0, 1)]
+
+
+@pytest.mark.parametrize("words, wanted", [
+    (["-p", "require", "{all.Recall@10: 0.5}"], "require names 'all.Recall@10'"),
+    (["-p", "sets", "[no/such/rows.jsonl]"], "no set can be read"),
+])
+def test_what_cannot_run_is_said_in_one_sentence(words, wanted, launch):
+    done = launch("evaluate", "-f", "evaluate_smoke", *words, "--out", "run", "--no-progress")
+    assert done.returncode == 1 and wanted in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_sentence_transformers_directory_is_searched_with_its_dense_vectors(tmp_path):
+    "Static embeddings of the embedded model's tokenizer, saved as sentence-transformers saves them."
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import StaticEmbedding
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    data = sample_set(eval_set(REPO / "data" / "rental" / "listings.json"), 20, 60)
+    words = sorted({w for text in (*data.queries, *data.passages) for w in text.split()})
+    tokenizer = Tokenizer(WordLevel({w: n for n, w in enumerate(["?", *words])}, "?"))
+    tokenizer.pre_tokenizer = Whitespace()
+    weights = np.random.default_rng(0).normal(size=(len(words) + 1, 16)).astype(np.float32)
+    model = SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=weights)], device="cpu")
+    model.save(str(tmp_path / "static"))
+    systems, _ = open_systems(str(tmp_path / "static"))
+    assert [s.name for s in systems] == ["static dense"]
+    judged = judge(systems[0], data)
+    q, p = (model.encode(texts, normalize_embeddings=True) for texts in (data.queries, data.passages))
+    best = (q @ p.T).argmax(1)
+    assert (judged.found.passages[:, 0] == best).all()
+    assert judged.hard["all"] and 0 <= judged.evaluation.mean("R@1") <= 1
