@@ -332,7 +332,8 @@ def main(
         return 0
     except JobError as e: message, code = str(e), 1
     except JobFailed as e:
-        read_on = f"bgem3-job: the executed notebook, with the full traceback: {e.notebook}"
+        what = ", with the full traceback" if e.notebook.stem.endswith(".failed") else ""
+        read_on = f"bgem3-job: the executed notebook{what}: {e.notebook}"
         message, code = f"{e}\n{read_on}", e.code
     except KeyboardInterrupt: message, code = "stopped", 130
     except BrokenPipeError: return 141  # `bgem3-job list | head -1`

@@ -363,7 +363,7 @@ def _add_gold(
         builder.query(record["query"], grades, id, record, hard)
 
 # %% ../nbs/43_eval_sets.ipynb #55752efc
-_PARTS = ("train", "valid", "test", "rows")   # files of rows that the jobs leave in their directories
+_PARTS = ("train", "valid", "test", "rows")   # files of rows that jobs leave behind
 
 def _kind_of(
     source: str | Path,

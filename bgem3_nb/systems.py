@@ -196,13 +196,13 @@ class BM25System:
 
     def search(self, queries, k):
         n, k = len(queries.queries), min(k, self.n)
-        out = Candidates(np.full((n, k), -np.inf, np.float32), np.full((n, k), -1, np.int64), "BM25")
+        scores, passages = np.full((n, k), -np.inf, np.float32), np.full((n, k), -1, np.int64)
         for i, query in enumerate(queries.queries):
-            scores = self.row(query)
-            at = np.flatnonzero(scores > 0)
-            best = best_of_pairs(np.zeros(len(at), int), at, scores[at], 1, k)
-            out.scores[i], out.passages[i] = best[0][0], best[1][0]
-        return out
+            row = self.row(query)
+            at = np.flatnonzero(row > 0)
+            best = best_of_pairs(np.zeros(len(at), int), at, row[at], 1, k)
+            scores[i], passages[i] = best[0][0], best[1][0]
+        return Candidates(scores, passages, "BM25")
 
     def scores(self, queries, i, j):
         out = np.zeros(len(i), np.float32)
@@ -307,7 +307,8 @@ class Reranked:
         if not len(used): return found
         local = np.where(top >= 0, np.searchsorted(used, top), -1)
         asked = self.vectors.of(0, queries.queries)
-        best = rescore(Candidates(found.scores[:, :self.depth], local), asked, corpus, {"multi": 1.})
+        local = Candidates(found.scores[:, :self.depth], local)
+        best = rescore(local, asked, corpus, {"multi": 1.})
         least = np.where(best.passages >= 0, best.scores, np.inf).min(1, keepdims=True)
         behind = least - np.arange(1, rest.shape[1] + 1, dtype=np.float32)
         passages = np.hstack([np.where(best.passages >= 0, used[best.passages], -1), rest])
@@ -385,7 +386,7 @@ def beaten_negatives(
 
 def negatives_table(
     judged: dict[str, Judged],   # name -> result, all on one set
-) -> pd.DataFrame:               # a row for each type; n queries, and the share that each system wins
+) -> pd.DataFrame:               # a row for each type: n queries, and the share that each wins
     "Count the queries whose best relevant passage beats all their hard negatives of a type."
     rows = {}
     for name, of in judged.items():
