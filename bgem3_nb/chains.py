@@ -192,7 +192,8 @@ def run_chain(
 _CHAIN_HTML = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60em;
-margin:2em auto;padding:0 1em}} td{{padding:.4em .8em;border-top:1px solid #ddd}} pre{{background:#f6f6f6;
+margin:2em auto;padding:0 1em}} td{{padding:.4em .8em;border-top:1px solid #ddd}}
+pre{{background:#f6f6f6;
 padding:1em;overflow-x:auto}}</style></head>
 <body><h1>{title}</h1>{table}<h2>The chain</h2><pre>{text}</pre></body></html>
 """
