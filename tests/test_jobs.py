@@ -1,11 +1,13 @@
 """The launcher as a process: what it prints, how it exits, what it leaves on disk."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from html import unescape
 
 import pytest
 from conftest import LAUNCHER, REPO
@@ -105,6 +107,20 @@ def test_old_names_are_refused_with_the_new_one(job, old, new, tmp_path):
     path = tmp_path / "old.yaml"
     path.write_text(json.dumps(value))
     with pytest.raises(JobError, match=f"old.yaml, line 1: .*called '{new}' now"): plan_job(job, [str(path)])
+
+
+@pytest.mark.parametrize("job", own_jobs())
+def test_the_stored_run_of_a_page_has_the_parameters_of_the_job(job):
+    "Those that there are, and where a value does not stand out, the default as it is now."
+    path = own_jobs()[job]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    outputs = [o for c in cells if c["cell_type"] == "code" for o in c["outputs"]]
+    html = "".join("".join(o.get("data", {}).get("text/html", "")) for o in outputs)
+    row = r"<td[^>]*><(b|span)>(\w+)</\1></td><td[^>]*><\1><code>(.*?)</code></\1></td>"
+    shown = {name: (mark == "b", json.loads(unescape(value))) for mark, name, value in re.findall(row, html)}
+    params = job_params(path)
+    assert list(shown) == list(params)
+    assert {k: v for k, (changed, v) in shown.items() if not changed and v != params[k].default} == {}
 
 
 # Parameter files that say that they are a job's defaults, written out: the job, and what they change.
