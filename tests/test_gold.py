@@ -32,7 +32,7 @@ def lines(name): return [json.loads(line) for line in (GOLD / name).read_text(en
 def plain(text):
     "The words of a text between blanks, without vowel signs, punctuation and spelling variants of Arabic letters."
     text = ARABIC_SIGNS.sub("", fold(text)).translate(ARABIC_LETTERS).casefold()
-    return f" {' '.join(re.findall(r'\w+', text))} "
+    return " ".join(["", *re.findall(r"\w+", text), ""])
 
 
 @pytest.fixture(scope="module")
