@@ -284,7 +284,7 @@ def hold_out(
     by: str = "domain",                             # the label whose values are named
     seed: int = 0,                                  # random seed of shares
 ) -> DataParts:
-    "Return the parts with validation and test; raise ValueError for what is neither path nor value."
+    "Return the parts with validation and test; raise ValueError for an unknown path or value."
     own, shares, notes = {}, {}, list(parts.notes)
     for name, choice, share in (("test", test, .2), ("valid", valid, .1)):
         own[name] = getattr(parts, name) if choice is None else _given_part(choice, name)

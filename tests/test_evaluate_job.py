@@ -80,3 +80,17 @@ def test_a_sentence_transformers_directory_is_searched_with_its_dense_vectors(tm
     best = (q @ p.T).argmax(1)
     assert (judged.found.passages[:, 0] == best).all()
     assert judged.hard["all"] and 0 <= judged.evaluation.mean("R@1") <= 1
+
+
+@pytest.mark.parametrize("name", ["company", "law", "rental", "quran", "hadith"])
+def test_gold_sets_are_read_with_every_answer(name):
+    "The corpus is the one that data/gold/corpora.json names; no id is lost, and every label is there."
+    try: data = eval_set(REPO / "data" / "gold" / f"{name}.jsonl")
+    except ImportError as e: pytest.skip(str(e))
+    lines = (REPO / "data" / "gold" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(data) == len(lines) and {"category", "language", "difficulty"} <= data.labels.keys()
+    assert not {what for what in data.amiss if "lacks" in what or "left out" in what}, data.amiss
+    of = {q["query"]: q["relevant"] for q in map(json.loads, lines)}
+    for query, found in zip(data.queries, data.qrels):
+        grades = of[query].values() if isinstance(of[query], dict) else [1] * len(of[query])
+        assert sorted(found.values())[-1] == max(grades) and len(found) <= len(grades)
