@@ -29,7 +29,7 @@ extras["dev"] = sorted({*extras["dev"], *extras["all"]})
 
 
 JOB_FILES = {"params": ["*.yaml"], "chains": ["*.yaml"],   # and the data that defaults and parameter files name
-             "data": ["law_mini.jsonl", "company/**/*.[jm]*", "rental/*.json"]}
+             "data": ["law_mini.jsonl", "company/**/*.[jm]*", "rental/*.json", "gold/*.json*"]}
 
 
 def job_notebooks():

@@ -465,7 +465,8 @@ def open_systems(
     own = dict(model) if isinstance(model, dict) else {"model": model}
     model = own.pop("model")
     kind, name = own.pop("kind", None) or model_kind(model), own.pop("name", "")
-    name, given = name or Path(model).name, own.pop("weights", {})
+    name = name or (Path(model).stem if kind == "run" else Path(model).name)
+    given = own.pop("weights", {})
     if kind not in KINDS:
         raise ValueError(f"the kind {kind!r} of {model} is unknown; there are {', '.join(KINDS)}")
     if kind == "bm25": return [BM25System(name if name != model else "BM25", **own)], None

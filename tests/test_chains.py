@@ -14,7 +14,8 @@ from bgem3_nb.jobs import JobError
 SMALL = {"prepare": {"near": 0, "max_rows": 40, "total": 60},
          "mine": {"search_length": 48, "pilot": 24, "distractors": 30, "mix": "0-15", "num_negatives": 2},
          "train": {"steps": 2, "batch_size": 4, "lexical_warm_up": 4, "validations": 1, "max_rows": 16,
-                   "distractors": 8, "search_length": 64, "passage_length": 48}}
+                   "distractors": 8, "search_length": 64, "passage_length": 48},
+         "evaluate": {"max_rows": 8, "max_passages": 20, "search_length": 48, "modes": ["dense", "all"]}}
 CHAINS = {"company": {}, "rental": {}, "law": {"prepare.test": "0.2"},
           "islamic": {"prepare.test": "0.2"}}
 
