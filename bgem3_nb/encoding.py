@@ -16,6 +16,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from importlib import import_module
+from inspect import signature
 
 import numpy as np
 import torch
@@ -365,16 +366,17 @@ _USUAL = {"normalize_embeddings": True, "output_value": "sentence_embedding",
           "precision": "float32", "trust_remote_code": False}
 
 def refuse_familiar(
-    function: str,   # its name, for the message
-    given: dict,     # arguments that it does not have
-) -> dict:           # those that are not in the list
+    function,      # whose arguments they are, such as M3Encoder.encode
+    given: dict,   # arguments that it was given and may not have
+) -> dict:         # those that are its own, or not in the list
     "Refuse arguments of other libraries by our names: raises TypeError."
-    for name in FAMILIAR.keys() & given.keys():
+    other = FAMILIAR.keys() - signature(function).parameters.keys()
+    for name in other & given.keys():
         value = given[name]
         if value is None or name in _USUAL and _USUAL[name] == value: continue
-        raise TypeError(f"{function} has no argument {name!r}; what does that here is "
+        raise TypeError(f"{function.__name__} has no argument {name!r}; what does that here is "
                         f"{FAMILIAR[name]}")
-    return {name: value for name, value in given.items() if name not in FAMILIAR}
+    return {name: value for name, value in given.items() if name not in other}
 
 # %% ../nbs/02_encoding.ipynb #7fcbd9a1
 WINDOW = 4096   # texts that are tokenised and sorted together
@@ -409,7 +411,7 @@ class M3Encoder:
         **kwargs,                         # parameters of `M3Encoder`
     ) -> "M3Encoder":
         "Load a checkpoint. Raises ValueError where heads are missing, or the pooling."
-        kwargs = refuse_familiar("M3Encoder", kwargs)
+        kwargs = refuse_familiar(cls, kwargs)
         model = M3Model.from_pretrained(name_or_path, new_heads=new_heads,
                                         replace_heads=replace_heads, pooling=pooling)
         return cls(model, **kwargs)
@@ -583,7 +585,7 @@ def encode(self: M3Encoder,
     Embed texts, in their order; warns once if any was truncated. Threads may call it together.
     Raises ValueError naming the first text that is not a string.
     """
-    if unknown := [*refuse_familiar("encode", familiar)]:
+    if unknown := [*refuse_familiar(M3Encoder.encode, familiar)]:
         raise TypeError(f"encode has no argument {unknown[0]!r}; see help(M3Encoder.encode)")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
