@@ -43,7 +43,8 @@ def here(tmp_path_factory):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (folder / "my_triplets.csv").write_text("anchor,positive,negative\na,b,c\n", encoding="utf-8")
     (folder / "my_config.json").write_text('{"d_out": 256, "batch_size": 64, "epochs": 10}', encoding="utf-8")
-    (folder / "chain.yaml").write_text("steps:\n  - job: prepare\n    data: my_rows.jsonl\n  - job: train\n    source: $prepare\n", encoding="utf-8")
+    steps = "steps:\n  - {job: prepare, data: my_rows.jsonl}\n  - {job: train, source: $prepare}\n"
+    (folder / "chain.yaml").write_text(steps, encoding="utf-8")
     return folder
 
 
