@@ -346,7 +346,7 @@ FAMILIAR = {   # argument of other libraries -> what does that here
     "return_colbert_vecs": 'outputs=("dense", "multi")',
     "return_multi_vector": 'outputs=("dense", "multi")',
     "output_value": 'outputs=("multi",), or granularity="token"',
-    "normalize_embeddings": "always so: dense vectors have length 1",
+    "normalize_embeddings": "nothing: dense vectors have length 1",
     "precision": "`dtype` of M3Encoder for the products; chapter 05 makes vectors smaller",
     "truncate_dim": "the first numbers of `dense`, divided by their length",
     "prompt_name": "encode_queries or encode_passages, or prompt=",
@@ -358,7 +358,7 @@ FAMILIAR = {   # argument of other libraries -> what does that here
     "use_fp16": "dtype=torch.float16", "use_bf16": "dtype=torch.bfloat16",
     "max_seq_length": "max_length", "query_max_length": "max_length",
     "passage_max_length": "max_length", "pooling_method": "pooling",
-    "trust_remote_code": "never so: a checkpoint's own code is not run",
+    "trust_remote_code": "nothing: a checkpoint's own code is never run",
     "cache_dir": "the environment variable HF_HOME", "cache_folder": "the variable HF_HOME",
     "model_kwargs": "dtype= and device=", "tokenizer_kwargs": "max_length=",
 }
@@ -374,7 +374,7 @@ def refuse_familiar(
     for name in other & given.keys():
         value = given[name]
         if value is None or name in _USUAL and _USUAL[name] == value: continue
-        raise TypeError(f"{function.__name__} has no argument {name!r}; here that is "
+        raise TypeError(f"{function.__name__} has no argument {name!r}; what does that here is "
                         f"{FAMILIAR[name]}")
     return {name: value for name, value in given.items() if name not in other}
 
