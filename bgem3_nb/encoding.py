@@ -339,7 +339,7 @@ def model_marks(
     return hashes | {"pooling": config.pooling, "lexical": config.lexical}
 
 # %% ../nbs/02_encoding.ipynb #5b1e70a3
-FAMILIAR = {   # argument of other libraries -> what does that here
+FAMILIAR = {   # argument of other libraries -> what is said here
     "sentences": "texts", "inputs": "texts", "queries": "texts", "corpus": "texts",
     "return_dense": 'outputs=("dense",)',
     "return_sparse": 'outputs=("dense", "lexical")',
@@ -374,7 +374,7 @@ def refuse_familiar(
     for name in other & given.keys():
         value = given[name]
         if value is None or name in _USUAL and _USUAL[name] == value: continue
-        raise TypeError(f"{function.__name__} has no argument {name!r}; what does that here is "
+        raise TypeError(f"{function.__name__} has no argument {name!r}; here: "
                         f"{FAMILIAR[name]}")
     return {name: value for name, value in given.items() if name not in other}
 
