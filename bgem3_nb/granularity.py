@@ -16,8 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .encoding import check_texts, Embeddings, M3Encoder
-from .model import M3Model, pool_states
+from .encoding import check_texts, Embeddings, M3Encoder, read_states
+from .model import M3Model, OUTPUTS, pool_states
 from .text import with_marks
 
 # %% ../nbs/04_granularity.ipynb #352daf2e
@@ -129,6 +129,7 @@ class TokenStates:
     # (n, 2) characters of each token; empty for special tokens and prompt
     spans: list[np.ndarray]
     own: list[slice]             # which positions are the text's own tokens
+    ids: list[list[int]]         # token id of each position
     model: M3Model               # for its heads
 
 # %% ../nbs/04_granularity.ipynb #16349d92
@@ -159,8 +160,8 @@ def token_states(
     hidden = iter(encoder.hidden(pieces))
     states = [merge_windows([next(hidden) for _ in starts], starts, owner, own.start)
               for (starts, owner), (_, _, own) in zip(plans, framed)]
-    return TokenStates(texts, states, [s for _, s, _ in framed], [o for _, _, o in framed],
-                       encoder.model)
+    ids, spans, own = map(list, zip(*framed)) if framed else ([], [], [])
+    return TokenStates(texts, states, spans, own, ids, encoder.model)
 
 # %% ../nbs/04_granularity.ipynb #7c3ca45d
 LEVELS = ("token", "sentence", "passage", "document")
@@ -212,37 +213,48 @@ def find_spans(
 # %% ../nbs/04_granularity.ipynb #38b3f8e3
 @torch.no_grad()
 def pool_spans(
-    states: TokenStates,                   # as `token_states` gives them
-    level: str = "sentence",               # "token", "sentence", "passage" or "document"
+    states: TokenStates,         # as `token_states` gives them
+    level: str = "sentence",     # "token", "sentence", "passage" or "document"
     # instead of a level: for each text a list of (start, end)
     spans: list | None = None,
-    outputs: tuple = ("dense", "multi"),   # one or both
-    max_tokens: int = 128,                 # most tokens of a passage
+    outputs: tuple = OUTPUTS,    # any of "dense", "lexical", "multi"
+    max_tokens: int = 128,       # most tokens of a passage
 ) -> SpanEmbeddings:
-    """The vectors of spans of texts that have been read. Raises ValueError on an unknown level
+    """The outputs of spans of texts that have been read. Raises ValueError on an unknown level
     or output."""
     if level not in LEVELS:
         raise ValueError(f"level {level!r} is unknown; choose one of {', '.join(LEVELS)}")
-    if not outputs or set(outputs) - {"dense", "multi"}:
-        raise ValueError(f"outputs must be 'dense', 'multi' or both, not {outputs!r}")
+    if not outputs or set(outputs) - set(OUTPUTS):
+        raise ValueError(f"outputs must be some of {OUTPUTS}, not {outputs!r}")
     if spans is not None and len(spans) != len(states.texts):
         raise ValueError(f"{len(spans)} lists of spans for {len(states.texts)} texts; give one "
                          f"list for each text")
     found = [find_spans(states, i, level, max_tokens, None if spans is None else spans[i])
              for i in range(len(states.texts))]
-    flat, out = [(h, lo, hi) for h, f in zip(states.states, found) for _, lo, hi in f], Embeddings()
-    if "dense" in outputs: out.dense = pool_slices(flat, states.model)
+    places = [(i, lo, hi) for i, f in enumerate(found) for _, lo, hi in f]
+    slices, out = [(states.states[i], lo, hi) for i, lo, hi in places], Embeddings()
+    if "dense" in outputs: out.dense = pool_slices(slices, states.model)
+    if "lexical" in outputs:
+        ids = [states.ids[i][lo:hi] for i, lo, hi in places]
+        rows = _state_rows(slices, states.model)
+        out.lexical = read_states(states.model, rows, ids, ("lexical",)).lexical
     if "multi" in outputs:
-        head = states.model.multi_head
-        # never <s>
-        rows = torch.cat([torch.zeros(0, head.in_features),
-                          *(h[max(lo, 1):hi] for h, lo, hi in flat)])
+        head, own = states.model.multi_head, [(h, max(lo, 1), hi) for h, lo, hi in slices]
+        rows = _state_rows(own, states.model)      # never <s>
         out.multi = F.normalize(head(rows.to(head.weight.device)).float(), dim=-1).cpu().numpy()
-        out.offsets = np.cumsum([0] + [hi - max(lo, 1) for _, lo, hi in flat], dtype=np.int64)
+        out.offsets = np.cumsum([0] + [hi - lo for _, lo, hi in own], dtype=np.int64)
     chars = np.array([c for f in found for c, _, _ in f], np.int64).reshape(-1, 2)
     return SpanEmbeddings(np.repeat(np.arange(len(found)), [len(f) for f in found]), chars, out)
 
 # %% ../nbs/04_granularity.ipynb #f97e7119
+def _state_rows(
+    slices: list[tuple],   # states (n, d), first position, position after the last
+    model: M3Model,        # for the width where there are none
+) -> torch.Tensor:         # (tokens, d), slice after slice
+    "Put the states of slices end to end."
+    empty = torch.zeros(0, model.encoder.config.hidden_size)
+    return torch.cat([empty, *(h[lo:hi] for h, lo, hi in slices)])
+
 def pool_slices(
     slices: list[tuple],   # states (n, d), first position, position after the last
     model: M3Model,        # for its pooling and projection
@@ -267,14 +279,20 @@ def dense_vectors(
 def span_embeddings(
     encoder: M3Encoder,         # its `max_length` is the window
     texts: Iterable[str],       # of any length
-    level: str = "sentence",    # "token", "sentence", "passage" or "document"
+    # "token", "sentence", "passage" or "document"; or a list of these
+    level: str | list[str] = "sentence",
     prompt: str = "",           # put at the start of every window
     # tokens from one window to the next; None: three quarters of a window
     stride: int | None = None,
     **kwargs,                   # parameters of `pool_spans`
-) -> SpanEmbeddings:
-    "The vectors of spans in their context, from one pass over the texts."
-    return pool_spans(token_states(encoder, texts, prompt, stride), level, **kwargs)
+) -> SpanEmbeddings | dict[str, SpanEmbeddings]:   # of several levels: a dict by level
+    "Embed spans in their context, all levels from one pass over the texts."
+    levels = [level] if isinstance(level, str) else list(level)
+    if not levels or set(levels) - set(LEVELS):
+        raise ValueError(f"level {level!r} is unknown; choose from {', '.join(LEVELS)}")
+    states = token_states(encoder, texts, prompt, stride)
+    found = {name: pool_spans(states, name, **kwargs) for name in levels}
+    return found[level] if isinstance(level, str) else found
 
 # %% ../nbs/04_granularity.ipynb #32f843f2
 def mcls_embeddings(

@@ -1,4 +1,5 @@
 """The encoder against the reference, against itself in other company, and when memory or a process is lost."""
+import inspect
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from bgem3_nb.encoding import WINDOW, Embeddings, EncoderPool, M3Encoder, is_out_of_memory
+from bgem3_nb.encoding import (FAMILIAR, WINDOW, Embeddings, EncoderPool, M3Encoder, check_texts, is_out_of_memory)
 
 WORDS = {
     "vi": "Người lao động làm việc đủ mười hai tháng thì được nghỉ hằng năm hưởng nguyên lương theo "
@@ -177,10 +178,99 @@ def test_any_sequence_of_texts_at_any_length(encoder, monkeypatch):
         assert same(encoder.encode(given), wanted)
     for given in (table["text"], iter(texts)): assert encoder.tokenize(given) == ids
     for given, said in ((table, "not DataFrame"), (np.array([texts]), "not ndarray"), ({"a": "b"}, "not dict"),
-                        (b"a", "not bytes"), (3, "not int"), ("a", r"write \[text\]"),
+                        (b"a", "not bytes"), (3, "not int"),
                         (pd.Series(["a", None]), "text 1 is"),
                         (pd.Series(["a", None], dtype="string"), "text 1 is")):
         with pytest.raises(ValueError, match=said): encoder.encode(given)
+    with pytest.raises(ValueError, match=r"write \[text\]"): encoder.tokenize("a")
+
+
+def test_texts_are_read_once_and_a_list_is_not_copied(encoder):
+    "A generator is asked for every text once; a list is used as it is."
+    asked = []
+    def texts():
+        for i in range(3):
+            asked.append(i)
+            yield f"câu {i}"
+    once = texts()
+    found = encoder.encode(once, outputs=("dense",))
+    assert asked == [0, 1, 2] and next(once, None) is None
+    given = ["câu 0", "câu 1", "câu 2"]
+    assert check_texts(given) is given
+    assert np.array_equal(found.dense, encoder.encode(given, outputs=("dense",)).dense)
+    assert given == ["câu 0", "câu 1", "câu 2"]
+
+
+@pytest.fixture(scope="module")
+def sentence_transformer(encoder, tmp_path_factory):
+    "The same checkpoint, opened by sentence-transformers."
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
+    path = tmp_path_factory.mktemp("st")
+    encoder.model.save_pretrained(path)
+    layers = Transformer(str(path), max_seq_length=512), Pooling(384, "mean"), Normalize()
+    return SentenceTransformer(modules=layers, device="cpu")
+
+
+TEXTS = ["Người lao động được nghỉ hằng năm.", "Who commands a ship?", "", "إنما الأعمال بالنيات"]
+
+
+@pytest.mark.parametrize("arguments", [
+    {"convert_to_numpy": True}, {"convert_to_tensor": True}, {"convert_to_tensor": True, "convert_to_numpy": False},
+    {"convert_to_numpy": True, "batch_size": 2, "show_progress_bar": False, "normalize_embeddings": True},
+    {"convert_to_numpy": True, "prompt": "query: ", "prompt_name": None, "output_value": "sentence_embedding",
+     "precision": "float32", "device": None, "truncate_dim": None}])
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1], TEXTS[0], ""])
+def test_encode_gives_what_sentence_transformers_gives(encoder, sentence_transformer, texts, arguments):
+    "Type, shape, type of numbers, device and numbers, for one text and for several."
+    ours, theirs = encoder.encode(texts, **arguments), sentence_transformer.encode(texts, **arguments)
+    assert type(ours) is type(theirs) and ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    if isinstance(ours, torch.Tensor): assert ours.device == theirs.device
+    assert abs(np.asarray(ours) - np.asarray(theirs)).max() < 1e-5
+    if isinstance(texts, str) and arguments == {"convert_to_numpy": True}:      # which is the default for one text
+        assert np.array_equal(encoder.encode(texts), ours)
+
+
+def test_similarity_is_that_of_sentence_transformers(encoder, sentence_transformer):
+    rows = encoder.encode(TEXTS, convert_to_numpy=True)
+    for a, b in ((rows, rows[:2]), (rows[0], rows), (torch.from_numpy(rows), rows * 3), ([*rows], [*rows[1:]]),
+                 (rows[0], rows[1])):
+        ours, theirs = encoder.similarity(a, b), sentence_transformer.similarity(a, b)
+        assert type(ours) is type(theirs) and ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        assert abs(ours - theirs).max() < 1e-6
+    assert torch.equal(encoder.similarity(encoder.encode(TEXTS), rows), encoder.similarity(rows, rows))
+
+
+def test_every_argument_of_the_others_is_known(sentence_transformer):
+    """What sentence-transformers and FlagEmbedding take is an argument of ours, or refused by our name before anything
+    is computed."""
+    from FlagEmbedding import BGEM3FlagModel
+    ours = inspect.signature(M3Encoder.encode).parameters
+    for function in (sentence_transformer.encode, BGEM3FlagModel.encode, BGEM3FlagModel.encode_queries,
+                     BGEM3FlagModel.encode_corpus):
+        names = [p.name for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        assert [n for n in names if n not in ours and n not in FAMILIAR and n != "self"] == []
+    with pytest.raises(TypeError, match="EncoderPool"):
+        M3Encoder.from_pretrained("nowhere", devices=["cuda:0", "cuda:1"])
+
+
+def test_batch_size_is_the_most_texts_of_a_batch(encoder):
+    sizes, texts = [], [f"câu {i}" for i in range(50)]
+    class Watched(M3Encoder):
+        def run_within_memory(self, batch, work, budget):
+            sizes.append(len(batch))
+            return super().run_within_memory(batch, work, budget)
+    mine = Watched(encoder.model, dtype=torch.float32, progress=False)
+    found = [mine.encode(texts, batch_size=n, outputs=("dense",)).dense for n in (None, 7, 1)]
+    assert sizes == [50] + [7] * 7 + [1] * 51
+    for dense in found[1:]: assert abs(dense - found[0]).max() < 1e-5
+
+
+@pytest.mark.parametrize("wanted,texts", [(True, 3), (None, 3), (False, 80), (None, 80)])
+def test_the_progress_bar_is_shown_where_it_is_asked_for(encoder, capsys, wanted, texts):
+    mine = M3Encoder(encoder.model, dtype=torch.float32, progress=wanted is not True)
+    mine.encode(["câu"] * texts, outputs=("dense",), show_progress_bar=wanted)
+    assert ("text/s" in capsys.readouterr().err) == (wanted or wanted is None and texts == 80)
 
 
 @pytest.mark.parametrize("count,progress", [(1, False), (1, True), (80, False), (80, True)])
@@ -206,6 +296,9 @@ def test_a_pool_gives_the_same_and_says_when_a_process_dies(encoder):
         assert (one.offsets == two.offsets).all()
         assert abs(one.lexical - two.lexical).max() < 1e-5
         assert len(pool.encode([])) == 0
+        alone = pool.encode(texts[0], batch_size=4, convert_to_tensor=True)
+        assert alone.shape == (384,) and abs(alone.numpy() - one.dense[0]).max() < 1e-5
+        assert pool.similarity(alone, one).shape == (1, 300)
         said = f"{sum(len(i) > 16 for i in encoder.tokenize(texts))} of 300 texts are longer than 16 tokens"
         with pytest.warns(UserWarning, match=said): pool.encode(pd.Series(texts))
         with pytest.raises(ValueError, match="text 1 is int"): pool.encode(["a", 3])

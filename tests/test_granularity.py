@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from bgem3_nb.backbone import TextTokenizer
-from bgem3_nb.encoding import M3Encoder
+from bgem3_nb.encoding import EncoderPool, M3Encoder
+from bgem3_nb.model import M3Model
 from bgem3_nb.scoring import read_tokens
 from bgem3_nb.granularity import (LEVELS, mcls_embeddings, passage_spans, pool_spans, sentence_spans, span_embeddings,
                                   token_states, windows)
@@ -68,9 +69,10 @@ def test_windows_cover_every_token(n, size, data):
 @settings(max_examples=40, deadline=None)
 def test_levels_agree_on_any_text(encoder, texts, prompt):
     states = token_states(encoder, texts, prompt)
-    whole, plain = pool_spans(states, "document"), encoder.encode(states.texts, prompt, outputs=("dense", "multi"))
+    whole, plain = pool_spans(states, "document"), encoder.encode(states.texts, prompt)
     np.testing.assert_allclose(whole.embeddings.dense, plain.dense, atol=1e-5)
     np.testing.assert_allclose(whole.embeddings.multi, plain.multi, atol=1e-5)
+    np.testing.assert_allclose(whole.embeddings.lexical.toarray(), plain.lexical.toarray(), atol=1e-5)
     for level in LEVELS:
         part = pool_spans(states, level, outputs=("multi",), max_tokens=8)
         own = sum(o.stop - o.start for o in states.own)
@@ -125,6 +127,29 @@ def test_spans_select_like_embeddings(encoder):
     assert back.text_index.tolist() == [1, 0, 0] and back.spans.tolist() == [[0, 3], [5, 9], [0, 4]]
     np.testing.assert_array_equal(back.embeddings.vectors(0), part.embeddings.vectors(2))
     assert len(part[part.text_index == 1]) == 1 and len(part[[]]) == 0
+
+
+@pytest.mark.parametrize("lexical", ["terms", "expansion"])
+def test_lexical_weights_of_spans(encoder, lexical):
+    "Of a whole document as `encode` gives them; of a sentence, the largest of its tokens' weights."
+    model = M3Model.from_pretrained("embedded", new_heads="random", lexical=lexical)
+    mine, texts = M3Encoder(model, dtype=torch.float32, progress=False), ["Một. Hai một.", "", "Ba."]
+    found = mine.encode(texts, granularity=["token", "sentence", "document"])
+    whole = mine.encode(texts, outputs=("lexical",)).lexical
+    assert abs(found["document"].embeddings.lexical - whole).max() < 1e-5 and whole.nnz
+    token, sentence = found["token"], found["sentence"]
+    weights = token.embeddings.lexical.toarray()
+    for k, (i, (a, b)) in enumerate(zip(sentence.text_index, sentence.spans)):
+        inside = (token.text_index == i) & (a <= token.spans[:, 0]) & (token.spans[:, 1] <= b)
+        row = sentence.embeddings.lexical[[k]].toarray()[0]
+        if lexical == "terms": np.testing.assert_allclose(row, weights[inside].max(0), atol=1e-5)
+        else: assert (row <= weights[inside].max(0) + 1e-5).all() and row.any()
+    assert sentence[1:].embeddings.lexical.shape == (2, whole.shape[1])
+
+
+def test_a_pool_has_no_spans(encoder):
+    with EncoderPool(encoder.model, ["cpu"], dtype=torch.float32, progress=False) as pool:
+        with pytest.raises(ValueError, match="granularity needs an M3Encoder"): pool.encode(["a"], granularity="token")
 
 
 def test_a_lone_surrogate_keeps_its_place(encoder):
