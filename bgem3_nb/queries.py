@@ -1076,8 +1076,8 @@ THEMES = {      # language -> theme -> key words: a small beginning, for law, Qu
            "الرحمة": ["رحمة", "رحيم", "رحمن"], "العدل والظلم": ["عدل", "قسط", "ظلم", "ظالمين"],
            "عذاب الآخرة": ["عذاب", "نار", "جهنم"], "الأنبياء": ["موسى", "إبراهيم", "نوح", "عيسى"],
            "الهداية": ["هدى", "يهدي", "مهتدين", "ضلال"], "الجهاد": ["قتال", "جهاد", "سبيل الله"],
-           "الأسرة": ["نساء", "زوج", "أزواج", "والدين", "أولاد"], "المال": ["مال", "أموال", "تجارة"],
-           "الخلق": ["خلق", "سماوات", "أرض"], "القيامة": ["قيامة", "ساعة", "آخرة"]},
+           "الأسرة": ["نساء", "زوج", "أزواج", "والدين", "أولاد"],
+           "المال": ["مال", "أموال", "تجارة"], "الخلق": ["خلق", "سماوات", "أرض"], "القيامة": ["قيامة", "ساعة", "آخرة"]},
     "en": {"prayer": ["prayer", "prayers", "pray", "bow", "prostrate"],
            "fasting": ["fast", "fasting", "Ramadan"],
            "charity": ["charity", "alms", "zakah", "spend"],
@@ -1088,7 +1088,8 @@ THEMES = {      # language -> theme -> key words: a small beginning, for law, Qu
            "knowledge": ["knowledge", "knowing", "learn"], "mercy": ["mercy", "merciful"],
            "justice": ["justice", "just", "wrong", "oppression"],
            "family": ["wife", "wives", "mother", "sons"],
-           "punishment": ["punishment", "fire", "hell"], "wealth": ["wealth", "money", "trade", "sell"],
+           "punishment": ["punishment", "fire", "hell"],
+           "wealth": ["wealth", "money", "trade", "sell"],
            "struggle": ["fight", "battle", "jihad"], "the last day": ["hour", "resurrection"],
            "account security": ["password", "passwords", "account"]},
 }
@@ -1131,7 +1132,8 @@ def _fields(passage, finders):
     joined = THEME_JOINERS.get(passage["language"], " and ").join(sorted(found[:2]))
     values = {"title": NUMBERING.sub("", fold(passage["title"])),
               "heading": headings[-1] if headings else "", "headings": " ".join(headings),
-              "theme": found, "themes": joined if len(found) > 1 else "", "keywords": " ".join(words[:5]) if len(words) > 1 else "",
+              "theme": found, "themes": joined if len(found) > 1 else "",
+              "keywords": " ".join(words[:5]) if len(words) > 1 else "",
               "domain": passage["domain"], "source": passage["source"]}
     return {name: value if isinstance(value, list) else [value] for name, value in values.items()
             if value}
@@ -1193,9 +1195,7 @@ def rule_queries(
                                disable=not progress or len(passages) < 1000)):
         fields = _fields(p, finders)
         lines = templates.get(p["language"], {})
-        made.append({t: [*dict.fromkeys(q for line in lines.get(t, ()) for q in _filled(line, fields)
-                                        if t not in NO_QUOTES or not _quotes(q, p["text"]))]
-                     for t in types})
+        made.append({t: _made_queries(lines.get(t, ()), t, p["text"], fields) for t in types})
         for t, queries in made[-1].items():
             for q in queries: places.setdefault((p["language"], t, q), []).append(i)
     chosen = {}
@@ -1208,6 +1208,16 @@ def rule_queries(
                 f"every query fits more than {max_pos} passages" if any(made[i].values()) else
                 f"no template of {p['language']!r} could be filled: "
                 "no title, no heading, no key word")
+    return _generated(passages, _rule_rows(chosen, passages, places), reasons, {"stopped": ""})
+
+# %% ../nbs/26_queries.ipynb #a7be9630
+def _made_queries(lines, type, text, fields):
+    "Return the queries of a passage from the templates of a type."
+    made = dict.fromkeys(q for line in lines for q in _filled(line, fields))
+    return [q for q in made if type not in NO_QUOTES or not _quotes(q, text)]
+
+def _rule_rows(chosen, passages, places):
+    "Return a row for each chosen query and domain of its passages."
     rows, numbers = [], Counter()
     for code, t, q in chosen:
         of_domain = {}
@@ -1217,9 +1227,8 @@ def rule_queries(
             first = some[0]["id"]
             rows.append(_row(q, t, numbers[first, t], some, "rules"))
             numbers[first, t] += 1
-    return _generated(passages, rows, reasons, {"stopped": ""})
+    return rows
 
-# %% ../nbs/26_queries.ipynb #a7be9630
 def _narrow(queries, type, passage, places, most):
     "The queries that fit few enough passages."
     return [q for q in queries if len(places[passage["language"], type, q]) <= most]
