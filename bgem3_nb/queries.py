@@ -1077,7 +1077,8 @@ THEMES = {      # language -> theme -> key words: a small beginning, for law, Qu
            "عذاب الآخرة": ["عذاب", "نار", "جهنم"], "الأنبياء": ["موسى", "إبراهيم", "نوح", "عيسى"],
            "الهداية": ["هدى", "يهدي", "مهتدين", "ضلال"], "الجهاد": ["قتال", "جهاد", "سبيل الله"],
            "الأسرة": ["نساء", "زوج", "أزواج", "والدين", "أولاد"],
-           "المال": ["مال", "أموال", "تجارة"], "الخلق": ["خلق", "سماوات", "أرض"], "القيامة": ["قيامة", "ساعة", "آخرة"]},
+           "المال": ["مال", "أموال", "تجارة"],
+           "الخلق": ["خلق", "سماوات", "أرض"], "القيامة": ["قيامة", "ساعة", "آخرة"]},
     "en": {"prayer": ["prayer", "prayers", "pray", "bow", "prostrate"],
            "fasting": ["fast", "fasting", "Ramadan"],
            "charity": ["charity", "alms", "zakah", "spend"],
@@ -1147,6 +1148,7 @@ def _filled(template, fields):
         name: values[0]
         for name, values in fields.items()} | {"theme": theme})) for theme in themes]
 
+# %% ../nbs/26_queries.ipynb #26c0a011
 def _check_templates(templates, types):
     "Raises ValueError for a template that cannot be filled."
     known = ("title", "heading", "headings", "theme", "themes", "keywords", "domain", "source")
