@@ -414,10 +414,10 @@ def plot_intervals(
 
 # %% ../nbs/40_evaluation.ipynb #17a50011
 def _query_labels(data, labels):
-    "The labels of the queries: those given, else their domains if they have any."
+    "The labels of the queries: those given, else those of the data, where any is not empty."
     if labels is None:
-        domains = getattr(data, "domains", None) or []
-        labels = {"domain": domains} if any(domains) else {}
+        own = getattr(data, "labels", {"domain": getattr(data, "domains", None) or []})
+        labels = {name: values for name, values in own.items() if any(values)}
     for name, values in labels.items():
         if len(values) != len(data.queries):
             raise ValueError(f"the label {name!r} has {len(values)} values for "
@@ -438,7 +438,7 @@ def query_results(
     evals: dict[str, Evaluation],            # mode to the evaluation of the queries of `data`
     data,                                    # a `RetrievalSet`, or whatever has its fields
     model: str = "",                         # what searched, such as "before" or "after"
-    labels: dict[str, list] | None = None,   # name to (n_q,) labels; None: the `domains` of data
+    labels: dict[str, list] | None = None,   # name to (n_q,) labels; None: those of data
 ) -> pd.DataFrame:                           # a row for each mode and query
     """Each query's rank, metrics, and what came first. `rank` is that of the first relevant
     passage; empty if it was not found."""
