@@ -91,7 +91,7 @@ def check_questions(run, page):
         for name in said.keys() - {"n_queries"}: assert rows[name].to_numpy().mean() == said[name]["mean"]
     wrong = groups["after", "all"]["rank"].ne(1).sum()
     assert f"wrong after training (rank before → after): {wrong}" in page
-    assert 'dir="auto"' in page
+    assert ('dir="auto"' in page) == bool(wrong)
     assert metrics["seconds"] > 0 and metrics["peak_memory_gb"] > .1 and metrics["cost"] is None
     assert metrics["should_fine_tune"][0] in page
     assert "too few rows" in page.lower()
