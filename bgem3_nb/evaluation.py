@@ -685,7 +685,7 @@ def _reranker_closes(before, after, mode, metric):
     reranked, trained = before[mode], after["dense"]
     if paired(reranked, before["dense"], metric).low <= 0: return []
     if paired(trained, reranked, metric).low > 0: return []
-    return [f"a reranker closes the gap: without training, {mode} reaches {metric} "
+    return [f"a reranker closes the gap: without training, the mode {mode} reaches {metric} "
             f"{reranked.mean(metric):.3f}; the trained dense mode, with "
             f"{trained.mean(metric):.3f}, is not clearly better"]
 
