@@ -4,21 +4,30 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'UNSPACED', 'ARABIC_SIGNS', 'ARABIC_LETTERS', 'ARABIC_ARTICLE', 'ARABIC_FORMS', 'LATE_TONE', 'TONES',
-           'LETTER', 'SPACELESS', 'relevant_ranks', 'Evaluation', 'evaluate_scores', 'evaluate_modes', 'word_tokens',
+           'LETTER', 'SPACELESS', 'CHANGES', 'GOOD_START', 'FEW_ROWS', 'FEW_QUERIES', 'FEW_PASSAGES', 'WIDE',
+           'relevant_ranks', 'Evaluation', 'evaluate_scores', 'evaluate_modes', 'evaluate_top', 'word_tokens',
            'bm25_scores', 'bootstrap_interval', 'metrics_table', 'Comparison', 'paired', 'holm', 'plot_intervals',
-           'fit_weights', 'validation_metrics']
+           'query_results', 'write_query_results', 'wrong_queries', 'compare_queries', 'QueryTable', 'fit_weights',
+           'validation_metrics', 'doubts', 'Verdict', 'verdict', 'should_fine_tune', 'run_costs', 'describe_costs']
 
 # %% ../nbs/40_evaluation.ipynb #776cc569
 import re
+import sys
+import time
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
+from html import escape
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from fastcore.basics import patch
 from scipy.optimize import minimize
 from scipy.stats import bootstrap, permutation_test
 
+from .files import replacing
 from .rows import language_code
 from .scoring import fuse, load_bm25s
 
@@ -77,6 +86,9 @@ METRICS = ("nDCG@10", "RR@10", "R@1", "R@5", "R@10", "R@100")
 class Evaluation:
     "Metrics of one ranking, kept query by query."
     per_query: dict[str, np.ndarray]  # metric to (n_q,) values, in the order of the queries
+    rank: np.ndarray | None = None    # (n_q,) of the first relevant passage, 0 if not found
+    first: np.ndarray | None = None   # (n_q,) passage that came first, -1 if nothing was found
+    first_score: np.ndarray | None = None  # (n_q,) its score
 
     def __len__(self): return len(next(iter(self.per_query.values())))
 
@@ -107,6 +119,12 @@ class Evaluation:
                                                     for m in self.per_query)
 
 # %% ../nbs/40_evaluation.ipynb #4aceb6e5
+def _measures(metrics):
+    "The measures of ir-measures by the names they were asked for."
+    ir_measures = _ir_measures()
+    try: return {m: ir_measures.parse_measure(m) for m in metrics}
+    except (NameError, ValueError) as e: raise ValueError(f"metrics {metrics}: {e}") from e
+
 def _grades(row, rel):
     """The grades of the relevant passages in the order of their ranks; of those that tie, the
     lower is first."""
@@ -115,6 +133,17 @@ def _grades(row, rel):
         raise ValueError(f"grades must be whole numbers of at least 1, not {sorted(rel.values())}")
     return [int(rel[j]) for j in sorted(rel, key=lambda j: (-row[j], rel[j]))]
 
+# %% ../nbs/40_evaluation.ipynb #17a50002
+def _first_passages(scores, qrels):
+    "The column that comes first in each row; -1 where all scores are equal and not all relevant."
+    first = scores.argmax(axis=1)
+    for i, rel in enumerate(qrels):
+        best = np.flatnonzero(scores[i] == scores[i, first[i]])
+        wrong = best[~np.isin(best, list(rel))]
+        if len(wrong): first[i] = -1 if len(best) == scores.shape[1] else wrong[0]
+    return first
+
+# %% ../nbs/40_evaluation.ipynb #17a50003
 def evaluate_scores(
     scores: np.ndarray,                  # (n_q, n_p), larger is better
     # the relevant passages (columns) of each query (row), or their grades
@@ -123,20 +152,21 @@ def evaluate_scores(
 ) -> Evaluation:
     """Metrics of every query by ir-measures, with ties against the system. Raises ValueError on
     bad shapes, NaN or an empty qrel."""
-    ir_measures = _ir_measures()
-    try: measures = {m: ir_measures.parse_measure(m) for m in metrics}
-    except (NameError, ValueError) as e: raise ValueError(f"metrics {metrics}: {e}") from e
+    measures, all_ranks = _measures(metrics), relevant_ranks(scores, qrels)
     cutoffs = [m.params.get("cutoff") for m in measures.values()]
-    run, truth = {}, {}
-    for i, ranks in enumerate(relevant_ranks(scores, qrels)):
+    scores, run, truth = np.asarray(scores), {}, {}
+    for i, ranks in enumerate(all_ranks):
         depth = int(ranks[-1]) if None in cutoffs else max(cutoffs)
         run[str(i)] = {str(r): -float(r) for r in range(1, depth + 1)}
         truth[str(i)] = dict(zip(map(str, ranks), _grades(scores[i], qrels[i])))
     # two names may mean one
     found = {measure: np.zeros(len(run)) for measure in measures.values()}
-    for r in ir_measures.iter_calc(list(found), truth, run):
+    for r in _ir_measures().iter_calc(list(found), truth, run):
         found[r.measure][int(r.query_id)] = r.value
-    return Evaluation({m: found[measure] for m, measure in measures.items()})
+    first = _first_passages(scores, qrels)
+    best = np.where(first < 0, np.nan, scores.max(axis=1))
+    return Evaluation({m: found[measure] for m, measure in measures.items()},
+                      np.array([int(ranks[0]) for ranks in all_ranks]), first, best)
 
 # %% ../nbs/40_evaluation.ipynb #4410292a
 def evaluate_modes(
@@ -146,6 +176,42 @@ def evaluate_modes(
 ) -> dict[str, Evaluation]:
     "One `Evaluation` for each score matrix, under its name."
     return {name: evaluate_scores(s, qrels, metrics) for name, s in scores.items()}
+
+# %% ../nbs/40_evaluation.ipynb #17a50007
+def _check_depth(metrics, k, n_passages):
+    "Raise ValueError for a metric that looks deeper than k passages, where there are more."
+    if n_passages is not None and n_passages <= k: return
+    for name, measure in _measures(metrics).items():
+        depth = measure.params.get("cutoff")
+        if depth is None or depth > k:
+            raise ValueError(f"{name} looks at {depth or 'all'} passages, but only the best {k} "
+                             f"are given: search for more, leave {name} out, or say "
+                             f"n_passages={k} if the corpus has no more")
+
+def evaluate_top(
+    scores: np.ndarray,     # (n_q, k) best first, -inf where there is no passage
+    passages: np.ndarray,   # (n_q, k) numbers in the corpus, -1 where there is no passage
+    qrels: list[set[int] | dict[int, int]],  # relevant passages, numbers in the corpus, or grades
+    metrics: tuple[str, ...] = METRICS,      # as in `evaluate_scores`, no deeper than k
+    n_passages: int | None = None,           # passages in the corpus; None: more than k
+) -> Evaluation:
+    "Metrics of the best passages of every query. Raises ValueError as `evaluate_scores` does."
+    passages, k = np.asarray(passages), np.shape(passages)[1]
+    if len(qrels) != len(passages):
+        raise ValueError(f"passages has {len(passages)} rows (queries), but qrels has {len(qrels)}")
+    _check_depth(metrics, k, n_passages)
+    lost = [sorted(set(rel) - set(row)) for rel, row in zip(qrels, passages.tolist())]
+    wide = np.full((len(passages), k + max(map(len, lost), default=0)), -np.inf)   # lost ones last
+    wide[:, :k] = np.where(passages < 0, -np.inf, scores)
+    columns = []
+    for row, rel, last in zip(passages.tolist(), qrels, lost):
+        at = {p: c for c, p in enumerate(row + last) if p >= 0}
+        columns.append({at[p]: rel[p] for p in rel} if isinstance(rel, dict) else
+                       {at[p] for p in rel})
+    e = evaluate_scores(wide, columns, metrics)
+    e.rank[e.rank > k] = 0
+    e.first = np.where(e.first < 0, -1, np.take_along_axis(passages, e.first[:, None], 1)[:, 0])
+    return e
 
 # %% ../nbs/40_evaluation.ipynb #9e31d0de
 # scripts without spaces between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese
@@ -346,6 +412,156 @@ def plot_intervals(
                   borderaxespad=0)
     return ax
 
+# %% ../nbs/40_evaluation.ipynb #17a50011
+def _query_labels(data, labels):
+    "The labels of the queries: those given, else those of the data, where any is not empty."
+    if labels is None:
+        own = getattr(data, "labels", {"domain": getattr(data, "domains", None) or []})
+        labels = {name: values for name, values in own.items() if any(values)}
+    for name, values in labels.items():
+        if len(values) != len(data.queries):
+            raise ValueError(f"the label {name!r} has {len(values)} values for "
+                             f"{len(data.queries)} queries")
+    return labels
+
+def _right_passages(data):
+    "Ids of the relevant passages of each query, the highest grade first, and the first one's text."
+    judged = getattr(data, "judgements", data.qrels)
+    graded = [rel if isinstance(rel, dict) else dict.fromkeys(rel, 1) for rel in judged]
+    right = [sorted(rel, key=lambda p: (-rel[p], p)) for rel in graded]
+    ids = getattr(data, "passage_ids", None) or [f"p{i}" for i in range(len(data.passages))]
+    texts = [data.passages[ps[0]] if ps else None for ps in right]
+    return ids, [[ids[p] for p in ps] for ps in right], texts
+
+# %% ../nbs/40_evaluation.ipynb #17a50012
+def query_results(
+    evals: dict[str, Evaluation],            # mode to the evaluation of the queries of `data`
+    data,                                    # a `RetrievalSet`, or whatever has its fields
+    model: str = "",                         # what searched, such as "before" or "after"
+    labels: dict[str, list] | None = None,   # name to (n_q,) labels; None: those of data
+) -> pd.DataFrame:                           # a row for each mode and query
+    """Each query's rank, metrics, and what came first. `rank` is that of the first relevant
+    passage; empty if it was not found."""
+    ids, right, right_text = _right_passages(data)
+    query_ids = getattr(data, "query_ids", None) or [f"q{i}" for i in range(len(data.queries))]
+    about = {"query_id": list(query_ids), "query": list(data.queries),
+             **_query_labels(data, labels), "model": model}
+    tables = []
+    for mode, e in evals.items():
+        if e.first is None: raise ValueError(f"the evaluation of {mode} does not say what came "
+                                             "first; make it with evaluate_scores")
+        if len(e) != len(query_ids):
+            raise ValueError(f"the evaluation of {mode} has {len(e)} queries, data has "
+                             f"{len(query_ids)}")
+        first = [int(p) if p >= 0 else None for p in e.first]
+        tables.append(pd.DataFrame(about | {
+            "mode": mode, "rank": pd.array(np.where(e.rank > 0, e.rank, None), "Int64"),
+            **e.per_query,
+            "first_id": [None if p is None else ids[p] for p in first],
+            "first_text": [None if p is None else data.passages[p] for p in first],
+            "first_score": e.first_score, "relevant_ids": right, "relevant_text": right_text}))
+    return pd.concat(tables, ignore_index=True)
+
+# %% ../nbs/40_evaluation.ipynb #17a50017
+def write_query_results(
+    results: pd.DataFrame,   # as `query_results` gives it; several are joined by `pd.concat`
+    path: str | Path,        # such as "per_query.parquet"
+):
+    "Write the table atomically; `pd.read_parquet` reads it."
+    with replacing(path) as temporary: results.to_parquet(temporary, index=False)
+
+# %% ../nbs/40_evaluation.ipynb #17a50021
+def _one_row_per_query(results):
+    "The results by their queries, or a ValueError if there is more than one row for a query."
+    again = results[results.duplicated(["query_id", "query"])]
+    if len(again):
+        raise ValueError(f"query {again['query_id'].iloc[0]!r} has several rows: select one model "
+                         "and one mode, such as results.query(\"model == 'after' and "
+                         "mode == 'dense'\")")
+    return results.set_index(["query_id", "query"])
+
+def _worst_first(results):
+    "Order by rank, the largest first, before them those that were not found."
+    return results.sort_values("rank", ascending=False, na_position="first", kind="stable")
+
+def wrong_queries(
+    results: pd.DataFrame,   # of `query_results`, one model and one mode
+) -> pd.DataFrame:           # its rows without those of rank 1
+    "Select the queries that are answered wrongly, worst first."
+    _one_row_per_query(results)
+    return _worst_first(results[~results["rank"].eq(1).fillna(False)])
+
+# %% ../nbs/40_evaluation.ipynb #17a50023
+CHANGES = ("broken", "still wrong", "fixed", "still right")
+
+def compare_queries(
+    before: pd.DataFrame,   # of `query_results`, one model and one mode
+    after: pd.DataFrame,    # the same queries with another model or mode
+) -> pd.DataFrame:          # after, with `change`, `rank_before` and `first_text_before`
+    "Say of each query what became of it: one of `CHANGES`, in this order, worst first."
+    before, after = _one_row_per_query(before), _one_row_per_query(after)
+    if set(before.index) != set(after.index):
+        raise ValueError("before and after must hold the same queries")
+    before = before.loc[after.index]
+    was, is_ = (t["rank"].eq(1).fillna(False).to_numpy(bool) for t in (before, after))
+    names = np.select([was & ~is_, ~was & ~is_, ~was & is_], CHANGES[:3], CHANGES[3])
+    out = after.assign(change=pd.Categorical(names, CHANGES, ordered=True),
+                       rank_before=before["rank"], first_text_before=before["first_text"])
+    return _worst_first(out.reset_index()).sort_values("change", kind="stable")
+
+# %% ../nbs/40_evaluation.ipynb #17a50027
+def _clip(text, n=300):
+    "A text in one line of at most n characters."
+    text = " ".join(str(text).split())
+    return text if len(text) <= n else f"{text[:n - 1]}…"
+
+def _table_cell(text, tag="td"):
+    "A cell that wraps, in the direction of its own script."
+    style = "text-align:start;vertical-align:top;white-space:normal;overflow-wrap:anywhere"
+    return f'<{tag} dir="auto" style="{style}">{escape(_clip(text))}</{tag}>'
+
+@dataclass(repr=False)
+class QueryTable:
+    "Queries with what came first and the right passage, to read on a page."
+    rows: pd.DataFrame   # of `wrong_queries` or `compare_queries`
+    title: str = ""      # what these queries are
+    shown: int = 16      # at most so many are shown
+
+    def __len__(self): return len(self.rows)
+
+    def head(self) -> str:
+        "The title, with how many queries there are and how many are shown."
+        more = f", the first {self.shown}" if len(self) > self.shown else ""
+        return f"{self.title or 'queries'}: {len(self)}{more}"
+
+    def cells(self) -> pd.DataFrame:
+        "The cells that are shown: rank, query, the right passage, and what came first."
+        rows = self.rows[:self.shown]
+        then = [rows[name] for name in ("rank_before", "rank") if name in rows]
+        rank = [" → ".join("not found" if pd.isna(r) else str(r) for r in ranks)
+                for ranks in zip(*then)]
+        first = rows["first_text"].where(rows["first_text"].notna(), "(nothing was found)")
+        return pd.DataFrame({"rank": rank, "query": rows["query"],
+                             "right passage": rows["relevant_text"], "came first": first})
+
+# %% ../nbs/40_evaluation.ipynb #17a50028
+@patch
+def _repr_html_(self: QueryTable):
+    if not len(self): return f"<p>{escape(self.head())}</p>"
+    cells, widths = self.cells(), (8, 22, 35, 35)
+    columns = "".join(f'<col style="width:{w}%">' for w in widths)
+    lines = ["".join(_table_cell(name, "th") for name in cells)]
+    lines += ["".join(map(_table_cell, row)) for row in cells.itertuples(index=False)]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return (f"<p><b>{escape(self.head())}</b></p>"
+            f'<table style="width:100%;table-layout:fixed">{columns}{body}</table>')
+
+@patch
+def __repr__(self: QueryTable):
+    lines = [f"  {rank}: {_clip(query, 60)} ← {_clip(first, 60)}"
+             for rank, query, _, first in self.cells().itertuples(index=False)]
+    return "\n".join([self.head(), *lines])
+
 # %% ../nbs/40_evaluation.ipynb #83d4df21
 def _fusion_loss(w, mats, relevant, ridge):
     """Softmax cross-entropy of the mix and its gradient; mats: (n_q, n_p) each, relevant: (n_q,
@@ -394,3 +610,133 @@ def validation_metrics(
     everything = scores | {"all": fuse(scores, fit_weights(scores, qrels))}
     return {f"{name}_{metric}": evaluate_scores(s, qrels, (metric,)).mean(metric)
             for name, s in everything.items()}
+
+# %% ../nbs/40_evaluation.ipynb #17a50031
+GOOD_START = 0.9     # the start is good from this mean on; an easy test gives it to BM25
+FEW_ROWS = 200       # fewer training queries are too few
+FEW_QUERIES = 50     # fewer test queries are too few
+FEW_PASSAGES = 100   # a search among fewer is easy
+WIDE = 0.05          # a gain that is known to ± this or worse is not known
+
+# %% ../nbs/40_evaluation.ipynb #17a50032
+def _too_small(c):
+    "Say that a test of so few queries cannot tell, and how many could."
+    half = (c.high - c.low) / 2
+    if c.n >= FEW_QUERIES and half < WIDE: return []
+    wanted = int(np.ceil(c.n * (half / .02)**2 / 10) * 10)
+    more = f"; about {wanted} queries would leave ±0.02" if wanted > c.n else ""
+    return [f"the test is small: its {c.n} queries leave the gain uncertain by ±{half:.3f}{more}"]
+
+def doubts(
+    gain: Comparison,                   # after training against before
+    start: float,                       # mean of the same metric before training
+    train_queries: int | None = None,   # queries of the training; None: not known
+    bm25: Evaluation | None = None,     # BM25 on the same test queries
+    n_passages: int | None = None,      # passages that the test searches
+) -> list[str]:
+    "Say what speaks against a gain from training, or against this test of it."
+    out = []
+    if train_queries is not None and train_queries < FEW_ROWS:
+        out.append(f"too few rows: {train_queries} training queries, fewer than {FEW_ROWS}")
+    if start >= GOOD_START:
+        out.append(f"the start is already good: {gain.metric} {start:.3f} before training, "
+                   f"{GOOD_START} or more")
+    if bm25 is not None and bm25.mean(gain.metric) >= GOOD_START:
+        out.append(f"the test is easy: BM25, which is not trained, reaches {gain.metric} "
+                   f"{bm25.mean(gain.metric):.3f}")
+    if n_passages is not None and n_passages < FEW_PASSAGES:
+        out.append(f"the test is easy: it searches only {n_passages} passages")
+    return out + _too_small(gain)
+
+# %% ../nbs/40_evaluation.ipynb #17a50034
+@dataclass(repr=False)
+class Verdict:
+    "Whether a trained model is better than its start, and why it may not be."
+    outcome: str         # "gain", "no gain" or "loss"
+    sentence: str        # to print
+    reasons: list[str]   # why there may be no gain; nothing where there is one
+    gain: Comparison     # what it was judged by
+
+    def __repr__(self): return "\n".join([self.sentence, *(f"  - {r}" for r in self.reasons)])
+
+def verdict(
+    before: Evaluation,         # of the mode that would be used
+    after: Evaluation,          # the same mode after training, on the same queries
+    metric: str = "nDCG@10",    # what is compared
+    **known,                    # for `doubts`: train_queries, bm25, n_passages
+) -> Verdict:
+    "Judge a training by the paired test of its test queries. Raises ValueError as `paired` does."
+    c = paired(after, before, metric)
+    outcome = "no gain"
+    if c.high < 0: outcome = "loss"
+    elif c.low > 0 and c.p_value < .05: outcome = "gain"
+    said = outcome if outcome == "gain" else f"{outcome}: do not deploy this"
+    sentence = (f"{said} ({metric} {before.mean(metric):.3f} → {after.mean(metric):.3f}, "
+                f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}] on {c.n} test queries)")
+    if outcome == "gain": return Verdict(outcome, sentence, [], c)
+    none = "none of the usual causes holds: try other settings, such as the number of steps, the " \
+           "learning rate or harder negatives"
+    return Verdict(outcome, sentence, doubts(c, before.mean(metric), **known) or [none], c)
+
+# %% ../nbs/40_evaluation.ipynb #17a5003a
+def _reranker_closes(before, after, mode, metric):
+    "Say that a reranker gives the dense mode what training gives it, if so."
+    if mode == "dense" or not {"dense", mode} <= before.keys() & after.keys(): return []
+    reranked, trained = before[mode], after["dense"]
+    if paired(reranked, before["dense"], metric).low <= 0: return []
+    if paired(trained, reranked, metric).low > 0: return []
+    return [f"a reranker closes the gap: without training, the mode {mode} reaches {metric} "
+            f"{reranked.mean(metric):.3f}; the trained dense mode, with "
+            f"{trained.mean(metric):.3f}, is not clearly better"]
+
+def should_fine_tune(
+    before: dict[str, Evaluation],   # mode to its evaluation before training
+    after: dict[str, Evaluation],    # the same modes after training
+    mode: str = "all",               # the one that would be used
+    metric: str = "nDCG@10",         # what is compared
+    **known,                         # for `doubts`: train_queries, bm25, n_passages
+) -> list[str]:                      # sentences, the answer first
+    "Answer by the rules above."
+    found = verdict(before[mode], after[mode], metric, **known)
+    start, closes = before[mode].mean(metric), _reranker_closes(before, after, mode, metric)
+    answer = "Yes: training gains what no cheaper way that was tried here gives"
+    if found.outcome != "gain": answer = "No, not with these rows and settings"
+    elif start >= GOOD_START: answer = "Hardly: little is left to gain"
+    elif closes: answer = "Not for dense vectors alone: reranking gives as much without training"
+    against = closes + doubts(found.gain, start, **known)
+    return [f"{s[0].upper()}{s[1:]}." for s in (answer, found.sentence, *against)]
+
+# %% ../nbs/40_evaluation.ipynb #17a5003e
+def _peak_memory():
+    "The most memory that this process ever had, in bytes; None where the system does not say."
+    try: found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError: found = None               # not Linux
+    if found: return int(found[1]) * 1024
+    try: from resource import RUSAGE_SELF, getrusage
+    except ImportError: return None            # Windows
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def run_costs(
+    started: float,               # `time.perf_counter()` at the start
+    price_per_hour: float = 0.,   # of the machine; 0: not stated
+) -> dict[str, float | None]:     # None for what is not known
+    "Seconds, cost and peak memory of this process, in GB of 10⁹ bytes."
+    if price_per_hour < 0: raise ValueError(f"price_per_hour is {price_per_hour}, below 0")
+    seconds, memory, gpu = time.perf_counter() - started, _peak_memory(), None
+    if torch.cuda.is_available():
+        gpu = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    return {"seconds": round(seconds, 1), "price_per_hour": price_per_hour or None,
+            "cost": round(seconds / 3600 * price_per_hour, 4) if price_per_hour else None,
+            "peak_memory_gb": memory and round(memory / 1e9, 3),
+            "peak_gpu_memory_gb": gpu and round(gpu / 1e9, 3)}
+
+def describe_costs(
+    costs: dict[str, float | None],   # as `run_costs` gives them
+) -> str:
+    "Say what a run cost, in one line."
+    said = [f"{costs['seconds']:.0f} s"]
+    if costs["cost"] is not None:
+        said[0] += f", which cost {costs['cost']:.2f} at {costs['price_per_hour']:g} an hour"
+    if costs["peak_memory_gb"]: said.append(f"at most {costs['peak_memory_gb']:.1f} GB of memory")
+    if costs["peak_gpu_memory_gb"]: said.append(f"{costs['peak_gpu_memory_gb']:.1f} GB of the GPU")
+    return ", ".join(said)
