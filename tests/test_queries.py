@@ -463,15 +463,18 @@ def test_a_passage_s_language_is_one_code():
 
 
 def test_rows_of_any_source_are_passages():
-    rows = make_rows([{"query": "In the name of God", "pos": "a", "pos_ids": ["1:1"], "domain": "1 Al-Fatihah", "source": "quran"},
-                      {"query": "title", "pos": ["a ", "b"], "query_type": "title"}, {"query": "x", "pos": "c", "pos_ids": ["1:1"]}])
+    rows = make_rows([
+        {"query": "In the name of God", "pos": "a", "pos_ids": ["1:1"], "domain": "1 Al-Fatihah", "source": "quran"},
+        {"query": "title", "pos": ["a ", "b"], "query_type": "title"}, {"query": "x", "pos": "c", "pos_ids": ["1:1"]}])
     found = row_passages(rows)
-    assert [(p["id"], p["text"], p["title"]) for p in found] == [("1:1", "a", ""), ("row 2", "b", "title"), ("1:1#2", "c", "")]
+    assert [(p["id"], p["text"], p["title"]) for p in found] == [("1:1", "a", ""), ("row 2", "b", "title"),
+                                                                 ("1:1#2", "c", "")]
     assert (found[0]["headings"], found[0]["source"]) == (["Al-Fatihah"], "quran")
 
 
 def test_conceptual_queries_name_two_ideas_and_quote_nothing():
-    texts = ["Be patient, and pray.", "patience and prayer are one", "Pray: whoever is patient is rewarded.", "Only pray."]
+    texts = ["Be patient, and pray.", "patience and prayer are one", "Pray: whoever is patient is rewarded.",
+             "Only pray."]
     passages = [{"id": str(i), "text": t, "language": "en", "domain": "ab"[i % 2], "headings": ["H"]}
                 for i, t in enumerate(texts)] + [{"id": "v", "text": "Thử việc và tiền thưởng", "language": "vi"},
                                                  {"id": "r", "text": "الصَّبْر مع الصَّلاة", "language": "ar"}]
