@@ -131,7 +131,8 @@ def test_filter_mode_computes_scores_and_keeps_the_rest():
 
 
 def test_a_labelled_hard_negative_is_dropped_only_where_asked():
-    "Labels of companies and listings stay; what was mined, drawn or skipped, and a positive under another case, do not."
+    """Labels of companies and listings stay; what was mined, drawn or skipped, and a positive under another case, do
+    not."""
     types = [["hard"], ["price"], ["random"], ["dense", "0-50", "rank 3"], ["skipped"], ["hard"]]
     texts = ["năm sáu", "bảy", "tám", "chín", "mười", "MỘT hai ba bốn"]
     rows = make_rows([{"query": "q", "pos": "một hai ba bốn", "neg": texts, "neg_types": types}])

@@ -163,7 +163,8 @@ BROKEN = {  # name -> {file: content}, format, file of the error, line, field, p
         {"gold.jsonl": [{"query": "q", "relevant": ["d"]}, {"query": "r", "relevant": ["e"]}], "corpus.jsonl": CORPUS},
         "gold", "gold.jsonl", 2, "relevant", "the corpus has no passage 'e'"),
     "search log": (
-        {"log.jsonl": [{"query": "q", "shown": ["a"], "clicked": ["a"]}, {"query": "r", "shown": ["a"], "clicked": "b"}]},
+        {"log.jsonl": [{"query": "q", "shown": ["a"], "clicked": ["a"]},
+                       {"query": "r", "shown": ["a"], "clicked": "b"}]},
         "search_log", "log.jsonl", 2, "clicked", "'b' was clicked and not shown"),
     "passage": (
         {"c.jsonl": [{"text": "t"}, {"text": " ", "id": 1}]},
