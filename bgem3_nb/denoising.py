@@ -269,11 +269,18 @@ def denoise(
                              "rules by score need the scores of positives")
         column, hit = np.full(len(pairs), np.nan), alive.copy()
         column[alive], hit[alive] = values, values >= rule.limit
+        if "labelled" in pairs: hit &= ~pairs.labelled.to_numpy(bool)
         pairs[rule.name] = column
         pairs.loc[hit, "reason"] = rule.name
         line(rule.name, rule.limit, int(alive.sum()), int(hit.sum()))
     line("all", np.nan, len(pairs), int((pairs.reason != "").sum()))
     return Report(pd.DataFrame(lines), pairs, data)
+
+# %% ../nbs/32_denoising.ipynb #26c0a010
+def _is_labelled(types):
+    "Whether somebody says what is wrong with a negative; mining, chance and clicks do not."
+    return bool(types) and not any(t in ("random", "skipped", "not ranked") or t.startswith("rank ")
+                                   for t in types)
 
 # %% ../nbs/32_denoising.ipynb #a1e92cf3
 def _text_numbers(data):
@@ -287,6 +294,7 @@ def existing_pairs(
     known: list[set[int]],     # positives of each query
     score: Callable,           # (i, j) to scores of pairs, e.g. from `scores_of`
     mode: str = "dense",       # what gives the scores
+    spare_labelled: bool = True,   # rules do not drop negatives that somebody labelled
 ) -> SampledPairs:
     "Gather the negatives that rows have; one that is a known positive is dropped already."
     of, places = _text_numbers(data)
@@ -298,6 +306,11 @@ def existing_pairs(
     pairs = pd.DataFrame({"query": q, "passage": p, "rank": 0, "score": score(q, p),
                           "pos_score": weakest[q], "part": "existing", "turn": at,
                           "reason": np.where(right, "known positive", ""), "row": r})
+    if spare_labelled and len(pairs):
+        of_row = rows["neg_types"][:]
+        types = [of_row[a][b] if of_row[a] else [] for a, b in zip(r, at)]
+        other = same_text(data.passages, known)(pairs) < 1   # a positive's words are no negative
+        pairs["labelled"] = other & np.array([*map(_is_labelled, types)], bool)
     most = int(pd.Series(r).value_counts().max()) if len(r) else 0
     counts = {"queries": len(known), "drawn": len(pairs), "top_up": "none"}
     return SampledPairs(pairs, {"existing": most}, known, mode, counts)

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'UNSPACED', 'ARABIC_SIGNS', 'ARABIC_LETTERS', 'ARABIC_ARTICLE', 'ARABIC_FORMS', 'LATE_TONE', 'TONES',
-           'LETTER', 'SPACELESS', 'CHANGES', 'relevant_ranks', 'Evaluation', 'evaluate_scores', 'evaluate_modes',
-           'evaluate_top', 'word_tokens', 'bm25_scores', 'bootstrap_interval', 'metrics_table', 'Comparison', 'paired',
-           'holm', 'plot_intervals', 'query_results', 'write_query_results', 'wrong_queries', 'compare_queries',
-           'QueryTable', 'fit_weights', 'validation_metrics']
+           'LETTER', 'SPACELESS', 'CHANGES', 'GOOD_START', 'FEW_ROWS', 'FEW_QUERIES', 'FEW_PASSAGES', 'WIDE',
+           'relevant_ranks', 'Evaluation', 'evaluate_scores', 'evaluate_modes', 'evaluate_top', 'word_tokens',
+           'bm25_scores', 'bootstrap_interval', 'metrics_table', 'Comparison', 'paired', 'holm', 'plot_intervals',
+           'query_results', 'write_query_results', 'wrong_queries', 'compare_queries', 'QueryTable', 'fit_weights',
+           'validation_metrics', 'doubts', 'Verdict', 'verdict', 'should_fine_tune', 'run_costs', 'describe_costs']
 
 # %% ../nbs/40_evaluation.ipynb #776cc569
 import re
+import sys
+import time
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from fastcore.basics import patch
 from scipy.optimize import minimize
 from scipy.stats import bootstrap, permutation_test
@@ -410,10 +414,10 @@ def plot_intervals(
 
 # %% ../nbs/40_evaluation.ipynb #17a50011
 def _query_labels(data, labels):
-    "The labels of the queries: those given, else their domains if they have any."
+    "The labels of the queries: those given, else those of the data, where any is not empty."
     if labels is None:
-        domains = getattr(data, "domains", None) or []
-        labels = {"domain": domains} if any(domains) else {}
+        own = getattr(data, "labels", {"domain": getattr(data, "domains", None) or []})
+        labels = {name: values for name, values in own.items() if any(values)}
     for name, values in labels.items():
         if len(values) != len(data.queries):
             raise ValueError(f"the label {name!r} has {len(values)} values for "
@@ -434,7 +438,7 @@ def query_results(
     evals: dict[str, Evaluation],            # mode to the evaluation of the queries of `data`
     data,                                    # a `RetrievalSet`, or whatever has its fields
     model: str = "",                         # what searched, such as "before" or "after"
-    labels: dict[str, list] | None = None,   # name to (n_q,) labels; None: the `domains` of data
+    labels: dict[str, list] | None = None,   # name to (n_q,) labels; None: those of data
 ) -> pd.DataFrame:                           # a row for each mode and query
     """Each query's rank, metrics, and what came first. `rank` is that of the first relevant
     passage; empty if it was not found."""
@@ -606,3 +610,133 @@ def validation_metrics(
     everything = scores | {"all": fuse(scores, fit_weights(scores, qrels))}
     return {f"{name}_{metric}": evaluate_scores(s, qrels, (metric,)).mean(metric)
             for name, s in everything.items()}
+
+# %% ../nbs/40_evaluation.ipynb #17a50031
+GOOD_START = 0.9     # the start is good from this mean on; an easy test gives it to BM25
+FEW_ROWS = 200       # fewer training queries are too few
+FEW_QUERIES = 50     # fewer test queries are too few
+FEW_PASSAGES = 100   # a search among fewer is easy
+WIDE = 0.05          # a gain that is known to ± this or worse is not known
+
+# %% ../nbs/40_evaluation.ipynb #17a50032
+def _too_small(c):
+    "Say that a test of so few queries cannot tell, and how many could."
+    half = (c.high - c.low) / 2
+    if c.n >= FEW_QUERIES and half < WIDE: return []
+    wanted = int(np.ceil(c.n * (half / .02)**2 / 10) * 10)
+    more = f"; about {wanted} queries would leave ±0.02" if wanted > c.n else ""
+    return [f"the test is small: its {c.n} queries leave the gain uncertain by ±{half:.3f}{more}"]
+
+def doubts(
+    gain: Comparison,                   # after training against before
+    start: float,                       # mean of the same metric before training
+    train_queries: int | None = None,   # queries of the training; None: not known
+    bm25: Evaluation | None = None,     # BM25 on the same test queries
+    n_passages: int | None = None,      # passages that the test searches
+) -> list[str]:
+    "Say what speaks against a gain from training, or against this test of it."
+    out = []
+    if train_queries is not None and train_queries < FEW_ROWS:
+        out.append(f"too few rows: {train_queries} training queries, fewer than {FEW_ROWS}")
+    if start >= GOOD_START:
+        out.append(f"the start is already good: {gain.metric} {start:.3f} before training, "
+                   f"{GOOD_START} or more")
+    if bm25 is not None and bm25.mean(gain.metric) >= GOOD_START:
+        out.append(f"the test is easy: BM25, which is not trained, reaches {gain.metric} "
+                   f"{bm25.mean(gain.metric):.3f}")
+    if n_passages is not None and n_passages < FEW_PASSAGES:
+        out.append(f"the test is easy: it searches only {n_passages} passages")
+    return out + _too_small(gain)
+
+# %% ../nbs/40_evaluation.ipynb #17a50034
+@dataclass(repr=False)
+class Verdict:
+    "Whether a trained model is better than its start, and why it may not be."
+    outcome: str         # "gain", "no gain" or "loss"
+    sentence: str        # to print
+    reasons: list[str]   # why there may be no gain; nothing where there is one
+    gain: Comparison     # what it was judged by
+
+    def __repr__(self): return "\n".join([self.sentence, *(f"  - {r}" for r in self.reasons)])
+
+def verdict(
+    before: Evaluation,         # of the mode that would be used
+    after: Evaluation,          # the same mode after training, on the same queries
+    metric: str = "nDCG@10",    # what is compared
+    **known,                    # for `doubts`: train_queries, bm25, n_passages
+) -> Verdict:
+    "Judge a training by the paired test of its test queries. Raises ValueError as `paired` does."
+    c = paired(after, before, metric)
+    outcome = "no gain"
+    if c.high < 0: outcome = "loss"
+    elif c.low > 0 and c.p_value < .05: outcome = "gain"
+    said = outcome if outcome == "gain" else f"{outcome}: do not deploy this"
+    sentence = (f"{said} ({metric} {before.mean(metric):.3f} → {after.mean(metric):.3f}, "
+                f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}] on {c.n} test queries)")
+    if outcome == "gain": return Verdict(outcome, sentence, [], c)
+    none = "none of the usual causes holds: try other settings, such as the number of steps, the " \
+           "learning rate or harder negatives"
+    return Verdict(outcome, sentence, doubts(c, before.mean(metric), **known) or [none], c)
+
+# %% ../nbs/40_evaluation.ipynb #17a5003a
+def _reranker_closes(before, after, mode, metric):
+    "Say that a reranker gives the dense mode what training gives it, if so."
+    if mode == "dense" or not {"dense", mode} <= before.keys() & after.keys(): return []
+    reranked, trained = before[mode], after["dense"]
+    if paired(reranked, before["dense"], metric).low <= 0: return []
+    if paired(trained, reranked, metric).low > 0: return []
+    return [f"a reranker closes the gap: without training, the mode {mode} reaches {metric} "
+            f"{reranked.mean(metric):.3f}; the trained dense mode, with "
+            f"{trained.mean(metric):.3f}, is not clearly better"]
+
+def should_fine_tune(
+    before: dict[str, Evaluation],   # mode to its evaluation before training
+    after: dict[str, Evaluation],    # the same modes after training
+    mode: str = "all",               # the one that would be used
+    metric: str = "nDCG@10",         # what is compared
+    **known,                         # for `doubts`: train_queries, bm25, n_passages
+) -> list[str]:                      # sentences, the answer first
+    "Answer by the rules above."
+    found = verdict(before[mode], after[mode], metric, **known)
+    start, closes = before[mode].mean(metric), _reranker_closes(before, after, mode, metric)
+    answer = "Yes: training gains what no cheaper way that was tried here gives"
+    if found.outcome != "gain": answer = "No, not with these rows and settings"
+    elif start >= GOOD_START: answer = "Hardly: little is left to gain"
+    elif closes: answer = "Not for dense vectors alone: reranking gives as much without training"
+    against = closes + doubts(found.gain, start, **known)
+    return [f"{s[0].upper()}{s[1:]}." for s in (answer, found.sentence, *against)]
+
+# %% ../nbs/40_evaluation.ipynb #17a5003e
+def _peak_memory():
+    "The most memory that this process ever had, in bytes; None where the system does not say."
+    try: found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError: found = None               # not Linux
+    if found: return int(found[1]) * 1024
+    try: from resource import RUSAGE_SELF, getrusage
+    except ImportError: return None            # Windows
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def run_costs(
+    started: float,               # `time.perf_counter()` at the start
+    price_per_hour: float = 0.,   # of the machine; 0: not stated
+) -> dict[str, float | None]:     # None for what is not known
+    "Seconds, cost and peak memory of this process, in GB of 10⁹ bytes."
+    if price_per_hour < 0: raise ValueError(f"price_per_hour is {price_per_hour}, below 0")
+    seconds, memory, gpu = time.perf_counter() - started, _peak_memory(), None
+    if torch.cuda.is_available():
+        gpu = max(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    return {"seconds": round(seconds, 1), "price_per_hour": price_per_hour or None,
+            "cost": round(seconds / 3600 * price_per_hour, 4) if price_per_hour else None,
+            "peak_memory_gb": memory and round(memory / 1e9, 3),
+            "peak_gpu_memory_gb": gpu and round(gpu / 1e9, 3)}
+
+def describe_costs(
+    costs: dict[str, float | None],   # as `run_costs` gives them
+) -> str:
+    "Say what a run cost, in one line."
+    said = [f"{costs['seconds']:.0f} s"]
+    if costs["cost"] is not None:
+        said[0] += f", which cost {costs['cost']:.2f} at {costs['price_per_hour']:g} an hour"
+    if costs["peak_memory_gb"]: said.append(f"at most {costs['peak_memory_gb']:.1f} GB of memory")
+    if costs["peak_gpu_memory_gb"]: said.append(f"{costs['peak_gpu_memory_gb']:.1f} GB of the GPU")
+    return ", ".join(said)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PASSAGE_FIELDS', 'QUERY_TYPES', 'PROMPTS', 'SECRET_NAME', 'LOGIN_IN_URL', 'KEY_FORM', 'PAIR', 'ENDPOINTS',
-           'ANSWER_FORMATS', 'COUNTED', 'TEMPLATES', 'THEMES', 'NUMBERING', 'read_passages', 'build_messages',
-           'EndpointError', 'BrokenAnswer', 'Answer', 'read_answer', 'refuse_keys', 'Endpoint', 'rough_tokens',
-           'most_tokens', 'Budget', 'AnswerCache', 'Asker', 'answer_cost', 'Generated', 'generate_queries', 'RoundTrip',
-           'round_trip', 'encoder_scores', 'rule_queries']
+           'ANSWER_FORMATS', 'COUNTED', 'TEMPLATES', 'THEME_JOINERS', 'THEMES', 'NUMBERING', 'NO_QUOTES',
+           'read_passages', 'row_passages', 'build_messages', 'EndpointError', 'BrokenAnswer', 'Answer', 'read_answer',
+           'refuse_keys', 'Endpoint', 'rough_tokens', 'most_tokens', 'Budget', 'AnswerCache', 'Asker', 'answer_cost',
+           'Generated', 'generate_queries', 'RoundTrip', 'round_trip', 'encoder_scores', 'rule_queries']
 
 # %% ../nbs/26_queries.ipynb #63547d3a
 import hashlib
@@ -41,7 +41,7 @@ from .documents import Chunk
 from .encoding import M3Encoder
 from .files import replacing
 from .readers import write_rows
-from .rows import language_code, make_rows
+from .rows import language_code, make_rows, row_dicts
 from .scoring import dense_scores, lexical_scores, maxsim_scores
 from .text import fold, text_key
 
@@ -79,6 +79,25 @@ def read_passages(
         out.append(new)
     if not out: raise ValueError("there are no passages")
     return out
+
+# %% ../nbs/26_queries.ipynb #26c0a002
+def row_passages(
+    rows: Dataset,     # of the schema
+) -> list[dict]:       # as `read_passages` takes them, without a language
+    "Return the positives of rows as passages, each text once."
+    found, taken = {}, Counter()
+    columns = ["query", "pos", "pos_ids", "query_type", "source", "domain"]
+    for number, row in enumerate(row_dicts(rows, columns), 1):
+        heading = re.sub(r"^\d+\s+", "", row["domain"])   # "2 Al-Baqarah"
+        ids = row["pos_ids"] or [f"row {number}"] * len(row["pos"])
+        for text, id in zip(row["pos"], ids):
+            if (key := fold(text)) in found: continue
+            taken[id] += 1
+            found[key] = {"id": id if taken[id] == 1 else f"{id}#{taken[id]}", "text": text,
+                          "title": row["query"] if row["query_type"] == "title" else "",
+                          "headings": [heading] if heading else [], "language": "",
+                          "source": row["source"], "domain": row["domain"]}
+    return [*found.values()]
 
 # %% ../nbs/26_queries.ipynb #d337a6d5
 QUERY_TYPES = ("question", "keywords", "conceptual", "thematic", "indirect", "synonyms")
@@ -1024,13 +1043,20 @@ def encoder_scores(
 TEMPLATES = {   # language -> type -> lines
     "vi": {"keywords": ["{heading}", "{title}", "{title} {heading}", "{keywords}"],
            "thematic": ["quy định về {theme}", "{theme}: {title}",
-                        "tìm hiểu về {theme} trong {domain}"]},
+                        "tìm hiểu về {theme} trong {domain}"],
+           "conceptual": ["vì sao có quy định về {themes}?", "mối liên hệ giữa {themes}",
+                          "mục đích và ý nghĩa của {themes}"]},
     "ar": {"keywords": ["{heading}", "{title}", "{title} {heading}", "{keywords}"],
-           "thematic": ["آيات وأحاديث عن {theme}", "{theme} في {title}", "ما ورد في {theme}"]},
+           "thematic": ["آيات وأحاديث عن {theme}", "{theme} في {title}", "ما ورد في {theme}"],
+           "conceptual": ["ما الصلة بين {themes}؟", "المعنى الجامع بين {themes}",
+                          "كيف يرتبط معنى {themes}؟"]},
     "en": {"keywords": ["{heading}", "{title}", "{title} {heading}", "{keywords}"],
            "thematic": ["everything about {theme}", "{theme}: {title}",
-                        "rules on {theme} in the {title}"]},
+                        "rules on {theme} in the {title}"],
+           "conceptual": ["what connects {themes}?", "the idea behind {themes}",
+                          "what {themes} mean for each other"]},
 }
+THEME_JOINERS = {"ar": " و", "vi": " và "}   # between two themes, elsewhere " and "
 THEMES = {      # language -> theme -> key words: a small beginning, for law, Quran and hadith
     "vi": {"tiền lương": ["tiền lương", "trả lương", "hưởng lương", "tiền thưởng",
                           "lương tối thiểu"],
@@ -1044,12 +1070,28 @@ THEMES = {      # language -> theme -> key words: a small beginning, for law, Qu
            "الزكاة والصدقة": ["زكاة", "صدقة", "صدقات", "إنفاق"],
            "الحج": ["حج", "عمرة", "بيت الحرام"],
            "الصبر": ["صبر", "صابرين", "صابرون"], "الجنة": ["جنة", "جنات", "فردوس"],
-           "التوبة": ["توبة", "استغفار", "مغفرة"]},
+           "التوبة": ["توبة", "استغفار", "مغفرة", "تابوا", "غفور"],
+           "الإيمان": ["آمنوا", "مؤمنون", "مؤمنين", "إيمان"], "التقوى": ["تقوى", "متقين", "اتقوا"],
+           "الكفر": ["كفروا", "كافرين", "كافرون", "كفر"], "العلم": ["علم", "يعلمون", "عليم"],
+           "الرحمة": ["رحمة", "رحيم", "رحمن"], "العدل والظلم": ["عدل", "قسط", "ظلم", "ظالمين"],
+           "عذاب الآخرة": ["عذاب", "نار", "جهنم"], "الأنبياء": ["موسى", "إبراهيم", "نوح", "عيسى"],
+           "الهداية": ["هدى", "يهدي", "مهتدين", "ضلال"], "الجهاد": ["قتال", "جهاد", "سبيل الله"],
+           "الأسرة": ["نساء", "زوج", "أزواج", "والدين", "أولاد"],
+           "المال": ["مال", "أموال", "تجارة"],
+           "الخلق": ["خلق", "سماوات", "أرض"], "القيامة": ["قيامة", "ساعة", "آخرة"]},
     "en": {"prayer": ["prayer", "prayers", "pray", "bow", "prostrate"],
            "fasting": ["fast", "fasting", "Ramadan"],
            "charity": ["charity", "alms", "zakah", "spend"],
            "pilgrimage": ["pilgrimage", "hajj", "umrah"],
            "patience": ["patience", "patient"], "paradise": ["paradise", "gardens"],
+           "faith": ["believe", "believed", "believers", "faith"],
+           "repentance": ["repent", "repentance", "forgive", "forgiveness", "forgiving"],
+           "knowledge": ["knowledge", "knowing", "learn"], "mercy": ["mercy", "merciful"],
+           "justice": ["justice", "just", "wrong", "oppression"],
+           "family": ["wife", "wives", "mother", "sons"],
+           "punishment": ["punishment", "fire", "hell"],
+           "wealth": ["wealth", "money", "trade", "sell"],
+           "struggle": ["fight", "battle", "jihad"], "the last day": ["hour", "resurrection"],
            "account security": ["password", "passwords", "account"]},
 }
 
@@ -1088,9 +1130,11 @@ def _fields(passage, finders):
     "What the templates can be filled with; a list where there is a choice."
     found, words = _found_themes(passage, finders)
     headings = [h for h in (NUMBERING.sub("", fold(h)) for h in passage["headings"]) if h]
+    joined = THEME_JOINERS.get(passage["language"], " and ").join(sorted(found[:2]))
     values = {"title": NUMBERING.sub("", fold(passage["title"])),
               "heading": headings[-1] if headings else "", "headings": " ".join(headings),
-              "theme": found, "keywords": " ".join(words[:5]) if len(words) > 1 else "",
+              "theme": found, "themes": joined if len(found) > 1 else "",
+              "keywords": " ".join(words[:5]) if len(words) > 1 else "",
               "domain": passage["domain"], "source": passage["source"]}
     return {name: value if isinstance(value, list) else [value] for name, value in values.items()
             if value}
@@ -1104,9 +1148,10 @@ def _filled(template, fields):
         name: values[0]
         for name, values in fields.items()} | {"theme": theme})) for theme in themes]
 
+# %% ../nbs/26_queries.ipynb #26c0a011
 def _check_templates(templates, types):
     "Raises ValueError for a template that cannot be filled."
-    known = ("title", "heading", "headings", "theme", "keywords", "domain", "source")
+    known = ("title", "heading", "headings", "theme", "themes", "keywords", "domain", "source")
     for code, by_type in templates.items():
         for t, lines in by_type.items():
             for line in [lines] if isinstance(lines, str) else lines:
@@ -1120,6 +1165,16 @@ def _check_templates(templates, types):
                                      f"of the fields {', '.join(known)}, and no other")
     if unknown := [t for t in types if not any(t in by_type for by_type in templates.values())]:
         raise ValueError(f"there are no templates for the type {unknown[0]!r}")
+
+# %% ../nbs/26_queries.ipynb #26c0a005
+NO_QUOTES = ("conceptual",)   # types whose queries share no three words in a row with a passage
+
+def _quotes(query, text, run=3):
+    "Return whether `run` words of a query stand in a text, one after the other."
+    words, text = (re.findall(r"\w+", text_key(t)) for t in (query, text))
+    text = f" {' '.join(text)} "
+    runs = (words[i:i + run] for i in range(len(words) - run + 1))
+    return any(f" {' '.join(part)} " in text for part in runs)
 
 # %% ../nbs/26_queries.ipynb #8988f17b
 def rule_queries(
@@ -1141,8 +1196,8 @@ def rule_queries(
     for i, p in enumerate(tqdm(passages, desc="rules", unit="passage",
                                disable=not progress or len(passages) < 1000)):
         fields = _fields(p, finders)
-        made.append({t: list(dict.fromkeys(q for line in templates.get(p["language"], {}).get(t, ())
-                                           for q in _filled(line, fields))) for t in types})
+        lines = templates.get(p["language"], {})
+        made.append({t: _made_queries(lines.get(t, ()), t, p["text"], fields) for t in types})
         for t, queries in made[-1].items():
             for q in queries: places.setdefault((p["language"], t, q), []).append(i)
     chosen = {}
@@ -1155,15 +1210,27 @@ def rule_queries(
                 f"every query fits more than {max_pos} passages" if any(made[i].values()) else
                 f"no template of {p['language']!r} could be filled: "
                 "no title, no heading, no key word")
-    rows, numbers = [], Counter()
-    for code, t, q in chosen:
-        first = passages[places[code, t, q][0]]["id"]
-        rows.append(_row(q, t, numbers[first, t], [passages[i] for i in places[code, t, q]],
-                         "rules"))
-        numbers[first, t] += 1
-    return _generated(passages, rows, reasons, {"stopped": ""})
+    return _generated(passages, _rule_rows(chosen, passages, places), reasons, {"stopped": ""})
 
 # %% ../nbs/26_queries.ipynb #a7be9630
+def _made_queries(lines, type, text, fields):
+    "Return the queries of a passage from the templates of a type."
+    made = dict.fromkeys(q for line in lines for q in _filled(line, fields))
+    return [q for q in made if type not in NO_QUOTES or not _quotes(q, text)]
+
+def _rule_rows(chosen, passages, places):
+    "Return a row for each chosen query and domain of its passages."
+    rows, numbers = [], Counter()
+    for code, t, q in chosen:
+        of_domain = {}
+        for p in (passages[i] for i in places[code, t, q]):
+            of_domain.setdefault(p["domain"], []).append(p)
+        for some in of_domain.values():
+            first = some[0]["id"]
+            rows.append(_row(q, t, numbers[first, t], some, "rules"))
+            numbers[first, t] += 1
+    return rows
+
 def _narrow(queries, type, passage, places, most):
     "The queries that fit few enough passages."
     return [q for q in queries if len(places[passage["language"], type, q]) <= most]

@@ -22,9 +22,19 @@ from .rows import (
     gather_rows, join_texts, LABELS, PARALLEL, row_batches, row_dicts, rows_from, SCHEMA, TEXT)
 from .text import fold
 
+# %% ../nbs/22_splits.ipynb #23c0a003
+def _without_stand_ins(group):
+    "Return the rows of a query; random negatives are left out where another row has hard ones."
+    random = [bool(r["neg"]) and r["neg_types"] == [["random"]] * len(r["neg"]) for r in group]
+    hard = any(r["neg"] and not stand_in for r, stand_in in zip(group, random))
+    if not (hard and any(random)): return group
+    nothing = dict.fromkeys(("neg", *PARALLEL["neg"]), [])
+    return [r | nothing if stand_in else r for r, stand_in in zip(group, random)]
+
 # %% ../nbs/22_splits.ipynb #a0957c53
 def _merge_rows(group):
     "Make one row from rows with the same query; single labels are the first row's."
+    group = _without_stand_ins(group)
     row, positives = {**group[0]}, {fold(t) for r in group for t in r["pos"]}
     for texts, others in PARALLEL.items():
         kept = [name for name in others if all(len(r[name]) == len(r[texts]) for r in group)]

@@ -130,6 +130,22 @@ def test_filter_mode_computes_scores_and_keeps_the_rest():
     assert out[2]["pos_scores"] == pytest.approx([data.passages.index("d") / 10])
 
 
+def test_a_labelled_hard_negative_is_dropped_only_where_asked():
+    """Labels of companies and listings stay; what was mined, drawn or skipped, and a positive under another case, do
+    not."""
+    types = [["hard"], ["price"], ["random"], ["dense", "0-50", "rank 3"], ["skipped"], ["hard"]]
+    texts = ["năm sáu", "bảy", "tám", "chín", "mười", "MỘT hai ba bốn"]
+    rows = make_rows([{"query": "q", "pos": "một hai ba bốn", "neg": texts, "neg_types": types}])
+    data = corpus_set(rows)
+    def kept(**more):
+        d = existing_pairs(rows, data, data.qrels, lambda i, j: np.ones(len(j), np.float32), **more)
+        report = denoise(d, [Rule("ratio", score_ratio, .95)], data)
+        assert report.table.tested[0] == len(texts) and d.pairs["ratio"].notna().all()
+        return filtered_rows(rows, d, data, lambda i, j: np.ones(len(j)))["neg"][0]
+    assert kept() == texts[:2]
+    assert kept(spare_labelled=False) == []
+
+
 def test_a_review_survives_a_spreadsheet(tmp_path):
     texts = ["mốc", 'có "dấu", phẩy\nvà xuống dòng', "=1+1; chấm phẩy", "قال رسول الله"]
     data = RetrievalSet(["hỏi, gì?"], ["q"], texts, list("abcd"), [{0}])

@@ -159,10 +159,16 @@ BROKEN = {  # name -> {file: content}, format, file of the error, line, field, p
         {"positive_pairs.jsonl": [LINE],
          "document_metadata.json": {"documents": [{"id": "a", "chunks": ["x", " "]}]}},
         "company", "document_metadata.json", 1, "chunks", "chunk 2 has no text"),
-    "chunk id": (
-        {"positive_pairs.jsonl": [LINE], "document_metadata.json": [{"id": "a", "chunks": ["p"]}],
-         "eval_pairs.jsonl": [LINE | {"chunk_id": "b"}]},
-        "company", "eval_pairs.jsonl", 1, "chunk_id", "no document has the chunk 'b'"),
+    "gold": (
+        {"gold.jsonl": [{"query": "q", "relevant": ["d"]}, {"query": "r", "relevant": ["e"]}], "corpus.jsonl": CORPUS},
+        "gold", "gold.jsonl", 2, "relevant", "the corpus has no passage 'e'"),
+    "search log": (
+        {"log.jsonl": [{"query": "q", "shown": ["a"], "clicked": ["a"]},
+                       {"query": "r", "shown": ["a"], "clicked": "b"}]},
+        "search_log", "log.jsonl", 2, "clicked", "'b' was clicked and not shown"),
+    "passage": (
+        {"c.jsonl": [{"text": "t"}, {"text": " ", "id": 1}]},
+        "corpus", "c.jsonl", 2, "text", "neither a text nor a title"),
     "corpus id": (
         {"corpus.jsonl": [*CORPUS, {"_id": "d", "text": "u"}], "queries.jsonl": QUERIES,
          "qrels/test.tsv": HEADER + "q\td\t1\n"},
@@ -195,6 +201,88 @@ def written(folder, files):
         elif not isinstance(content, str): content = "".join(json.dumps(r) + "\n" for r in content)
         path.write_text(content, encoding="utf-8")
     return folder if len(files) > 1 or "positive_pairs.jsonl" in files else folder/next(iter(files))
+
+
+FULL = "Nhân viên chính thức làm đủ mười hai tháng được hưởng 14 ngày phép năm, nguyên lương, và mỗi ba năm thêm một ngày."
+
+
+def company(folder, **more):
+    """The four files as companies have them: previews of chunks, a document that was not exported, two answers to one
+    question of which one has a hard negative with its score."""
+    chunks = [{"chunk_id": "hr-0", "text": FULL[:60] + "…"}, {"chunk_id": "hr-1", "text": "Nghỉ ốm cần giấy."}]
+    pairs = [{"query": "phép", "positive": FULL, "query_type": "question", "domain": "HR"},
+             {"query": "phép", "positive": "Ba năm thêm một ngày phép thâm niên.", "domain": "HR"}]
+    evaluation = [{"query": "mấy ngày", "positive": FULL, "chunk_id": "hr-0"},
+                  {"query": "vpn", "positive": "Tải VPN ở cổng CNTT.", "chunk_id": "it-9"},
+                  {"query": "vpn chậm", "positive": "Đổi máy chủ VPN.", "chunk_id": "it-9"}]
+    return written(folder, {
+        "positive_pairs.jsonl": pairs, "eval_pairs.jsonl": evaluation,
+        "hard_negatives.jsonl": [pairs[0] | {"hard_negative": "Nghỉ ốm cần giấy.", "negative_score": 0.71}],
+        "document_metadata.json": {"documents": [{"document_id": "hr", "title": "Phép", "chunks": chunks}]}} | more)
+
+
+def test_an_evaluation_pair_of_no_document_is_a_passage_of_its_own(tmp_path):
+    c = load_data(company(tmp_path))
+    assert [(r["query_id"], r["corpus_id"]) for r in c.qrels] == [("e0", "hr-0"), ("e1", "it-9"), ("e2", "it-9#2")]
+    assert c.corpus["text"][2:] == ["Tải VPN ở cổng CNTT.", "Đổi máy chủ VPN."]
+    assert any("2 positives of eval_pairs.jsonl are no chunk" in note for note in c.notes)
+    assert c.counts["eval_pairs.jsonl"] == {"in": 3, "out": 3, "rejected": 0}
+    found = retrieval_set(c.evaluation_rows(), corpus=c.rows)   # what training searches: no id stands for two texts
+    assert len(found) == 3 and [*map(len, found.qrels)] == [1, 1, 1]
+
+
+def test_a_chunk_that_is_cut_off_does_not_replace_the_full_text(tmp_path):
+    c = load_data(company(tmp_path/"a"))
+    assert c.corpus["text"][0] == FULL == c.evaluation_rows()["pos"][0][0] == c.rows["pos"][0][0]
+    assert c.rows["pos_ids"][0] == ["hr-0"]
+    assert "1 chunks of document_metadata.json are cut off; 1 were completed from the pairs" in c.notes
+    other = [{"query": "mấy ngày", "positive": "Phần sau của đoạn này.", "chunk_id": "hr-0"}]
+    c = load_data(company(tmp_path/"b", **{"eval_pairs.jsonl": other}))   # begins otherwise: it stands beside the chunk
+    assert c.evaluation_rows()["pos"][:] == [["Phần sau của đoạn này."]]
+    assert len(set(c.corpus["id"])) == len(c.corpus)
+
+
+def test_a_negative_score_survives_merging(tmp_path):
+    rows = load_data(company(tmp_path)).rows
+    assert rows["neg_types"][:] == [[["hard"]], [["random"]]]
+    merged = merge_queries(rows)
+    assert (merged["neg"][:], merged["neg_scores"][:]) == ([["Nghỉ ốm cần giấy."]], [[0.71]])
+
+
+def test_folders_and_files_of_passages_alone(tmp_path):
+    files = {"a.jsonl": [{"id": 1, "text": "x", "language": "vi-VN"}], "b.jsonl": [{"passage": "y", "title": "T"}]}
+    folder = written(tmp_path/"two", files)
+    assert recognise(folder) == recognise(folder/"b.jsonl") == "corpus"
+    c = load_data(folder)
+    assert (c.corpus["id"][:], c.corpus["text"][:], len(c.rows)) == (["1", "b-1"], ["x", "T\ny"], 0)
+    assert c.corpus["language"][0] == "vi"
+    assert recognise(written(tmp_path/"one", {"corpus.jsonl": CORPUS, "notes.txt": ""})) == "corpus"
+
+
+def test_gold_questions_over_a_named_corpus(tmp_path):
+    company(tmp_path/"co")
+    question = {"query": "Nghỉ phép?", "relevant": {"hr-0": 2, "hr-1": 1}, "category": "leave", "difficulty": "hard",
+                "language": "vi", "corpus": "co"}
+    gold = written(tmp_path, {"gold.jsonl": [question, question | {"query": "Ốm?", "relevant": "hr-1"}]})
+    assert recognise(gold) == "gold"
+    c = load_data(gold)
+    row = c.rows[0]
+    assert (row["pos_ids"], row["domain"], row["difficulty"]) == (["hr-0", "hr-1"], "leave", "hard")
+    assert c.retrieval_set().grades == [{0: 2, 1: 1}, {1: 1}]
+    other = written(tmp_path, {"other.jsonl": [{"query": "q", "expected": ["p1"]}]})
+    assert load_data(other, corpus=make_rows([{"query": "x", "pos": "y", "pos_ids": ["p1"]}])).rows["pos"][0] == ["y"]
+
+
+def test_clicks_become_positives_and_what_stood_above_them_candidates(tmp_path):
+    shown = [{"id": i, "text": f"text {i}"} for i in "abcd"]
+    searches = [{"query": "q", "shown": shown, "clicked": ["c"]}, {"query": "q ", "shown": shown, "clicked": "b"},
+                {"query": "r", "shown": shown, "clicked": []}]
+    log = written(tmp_path, {"log.jsonl": searches})
+    assert recognise(log) == "search_log"
+    c = load_data(log)
+    [row] = c.rows
+    assert (row["pos_ids"], row["neg_ids"], row["neg_types"]) == (["c", "b"], ["a"], [["skipped"]])
+    assert any("1 of 3 searches have no click" in note for note in c.notes)
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -304,7 +392,7 @@ def test_weight_config_file(tmp_path):
 
 def test_a_list_of_formats_without_gaps():
     assert set(FORMATS) == {"rows", "triplets", "sentence-transformers", "instruction", "beir", "company", "rental",
-                            "islamic", "hub"}
+                            "islamic", "hub", "corpus", "gold", "search_log"}
     assert len(retrieval_set(load_data(REPO/"data"/"law_mini.jsonl").rows)) > 100
 
 

@@ -134,3 +134,29 @@ def test_a_dollar_in_a_label(tmp_path, launch):
                   "-p", "targets", '{domain: {"$x": 0.5}}', "--out", "run", "--no-progress")
     assert done.returncode == 0, done.stderr
     assert (tmp_path/"run"/"balance.png").is_file()
+
+
+def test_the_islamic_targets_are_met_with_queries_by_rules(tmp_path, launch):
+    "Half Arabic, a fifth conceptual, a quarter from the Quran: the parameter file, with fewer rows of each source."
+    done = launch("prepare", "-f", "prepare_islamic", "-p", "max_rows", "1500", "-p", "total", "400", "-p", "near", "0",
+                  "-p", "test", "0", "-p", "fill_language", "false", "--out", "run", "--no-progress")
+    assert done.returncode == 0, done.stderr
+    train = rows(tmp_path/"run"/"train.jsonl")
+    share = lambda column, value: sum(r[column] == value for r in train) / len(train)
+    assert len(train) == 400
+    assert (share("language", "ar"), share("query_type", "conceptual"), share("source", "quran")) == (.5, .2, .25)
+
+
+def test_queries_for_rows_without_a_corpus_and_for_passages_alone(tmp_path, launch):
+    law = str(REPO/"data"/"law_mini.jsonl")
+    (tmp_path/"only").mkdir()
+    lines = [{"text": f"Người lao động thử việc {i} ngày được hưởng tiền thưởng và lương tháng thứ {i}."}
+             for i in range(30)]
+    (tmp_path/"only"/"a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for data, types in ((law, "[thematic]"), ("only", "[conceptual, thematic]")):
+        done = launch("prepare", "-p", "data", data, "-p", "write_queries", "rules", "-p", "query_options",
+                      f"{{types: {types}, max_pos: 40}}", "-p", "near", "0", "--out", f"run_{types[1:4]}",
+                      "--no-progress", "-p", "valid", "0", "-p", "labels", "{language: vi}")
+        assert done.returncode == 0, done.stderr
+        assert "write_queries needs passages" not in done.stderr
+        assert any(r["query_type"] == "thematic" for r in rows(tmp_path/f"run_{types[1:4]}"/"train.jsonl"))

@@ -1,6 +1,7 @@
 """The job `project`: configuration from JSON and flags, what it leaves behind, resume, wrong input."""
 import json
 
+import pandas as pd
 from conftest import REPO
 
 RENTAL = str(REPO / "data" / "rental" / "listings.json")
@@ -37,6 +38,12 @@ def test_a_run_and_its_resume(tmp_path, launch):
     assert {"best.safetensors", "final.safetensors", "checkpoint.safetensors", "config.json", "loss_history.json",
             "metrics.json", "curves.png", "project.ipynb", "project.html"} <= left
     assert not [n for n in left if n.endswith(".tmp")]
+    kept, metrics = pd.read_parquet(run / "per_query.parquet"), json.loads((run / "metrics.json").read_text())
+    found = {key: rows["RR"].to_numpy().mean() for key, rows in kept.groupby(["model", "form"])}
+    assert found == {("", "clean"): metrics["BM25"]["RR"]["mean"]} | {
+        (name, form): metrics[name][form]["search"]["RR"]["mean"] for name in ("zero-shot", "head to 8")
+        for form in ("clean", "messy")}
+    assert "wrong with the head to 8" in (run / "project.html").read_text()
     history, config = (json.loads((run / f).read_text()) for f in ("loss_history.json", "config.json"))
     assert [h["epoch"] for h in history] == [1, 2, 3]
     assert (config["parameters"], config["epochs"]) == (8 * 384, 3)

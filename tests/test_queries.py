@@ -16,8 +16,11 @@ from hypothesis import strategies as st
 
 import openai  # noqa: F401 (in the extras `queries` and `dev`: without it these tests fail)
 
-from bgem3_nb.queries import Answer, AnswerCache, Budget, Endpoint, EndpointError, generate_queries, read_passages
+from bgem3_nb.queries import (
+    Answer, AnswerCache, Budget, Endpoint, EndpointError, generate_queries, read_passages, row_passages, rule_queries)
 from bgem3_nb.readers import read_rows
+from bgem3_nb.rows import make_rows
+from bgem3_nb.text import text_key
 
 TYPES = ["question", "keywords"]
 USAGE = {"prompt_tokens": 200, "completion_tokens": 50}
@@ -457,3 +460,32 @@ def test_a_passage_s_language_is_one_code():
     assert [p["language"] for p in read_passages([{"id": 1, "text": "a", "language": "vi-VN"},
                                                   {"id": 2, "text": "b", "language": "VI"}])] == ["vi"] * 2
     assert read_passages([{"id": 1, "text": "a"}], "ar_EG")[0]["language"] == "ar"
+
+
+def test_rows_of_any_source_are_passages():
+    rows = make_rows([
+        {"query": "In the name of God", "pos": "a", "pos_ids": ["1:1"], "domain": "1 Al-Fatihah", "source": "quran"},
+        {"query": "title", "pos": ["a ", "b"], "query_type": "title"}, {"query": "x", "pos": "c", "pos_ids": ["1:1"]}])
+    found = row_passages(rows)
+    assert [(p["id"], p["text"], p["title"]) for p in found] == [("1:1", "a", ""), ("row 2", "b", "title"),
+                                                                 ("1:1#2", "c", "")]
+    assert (found[0]["headings"], found[0]["source"]) == (["Al-Fatihah"], "quran")
+
+
+def test_conceptual_queries_name_two_ideas_and_quote_nothing():
+    texts = ["Be patient, and pray.", "patience and prayer are one", "Pray: whoever is patient is rewarded.",
+             "Only pray."]
+    passages = [{"id": str(i), "text": t, "language": "en", "domain": "ab"[i % 2], "headings": ["H"]}
+                for i, t in enumerate(texts)] + [{"id": "v", "text": "Thử việc và tiền thưởng", "language": "vi"},
+                                                 {"id": "r", "text": "الصَّبْر مع الصَّلاة", "language": "ar"}]
+    out = rule_queries(passages, types=["conceptual"])
+    assert {"0", "2", "r", "v"} <= {id for r in out.rows for id in r["pos_ids"]}
+    assert {r["query_type"] for r in out.rows} == {"conceptual"}
+    text = {p["id"]: p["text"] for p in passages}
+    for row in out.rows:
+        words = text_key(row["query"].rstrip("?؟")).split()
+        for i in range(len(words) - 2):
+            assert not any(" ".join(words[i:i + 3]) in text_key(text[id]) for id in row["pos_ids"]), row["query"]
+    assert "3" in {f["id"] for f in out.failed}   # one idea is no concept
+    domain = {p["id"]: p.get("domain", "") for p in passages}
+    assert all(len({domain[i] for i in r["pos_ids"]}) == 1 for r in out.rows)   # a held-out domain has its own rows

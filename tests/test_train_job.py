@@ -1,6 +1,7 @@
 """Wrong input to the training job: one sentence with file, line and field, exit code 1, nothing half-written."""
 import json
 
+import pandas as pd
 import pytest
 import torch
 
@@ -67,10 +68,30 @@ def check_report(run):
     "The settings are all parameters that the result depends on; the page begins with the summary, its set-up folded."
     from bgem3_nb.jobs import find_jobs, job_params
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    aside = {"out", "progress", "resume", "check", "report_to"}
+    aside = {"out", "progress", "resume", "check", "report_to", "price_per_hour"}
     assert config.keys() == job_params(find_jobs()["train"]).keys() - aside
     assert (config["replace_heads"], config["search_length"]) == (True, 60)
     page = (run / "train.html").read_text(encoding="utf-8")
     parameter = page.index("tokens of a text in search</td>")
     assert page.index("came out") < parameter < page.index("The model before training")
     assert "<details><summary>Code</summary>" in page
+    check_questions(run, page)
+
+
+def check_questions(run, page):
+    "Every test query is kept, before and after, and its metrics are those of `metrics.json`, exactly."
+    kept = pd.read_parquet(run / "per_query.parquet")
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    groups = {(model, mode): rows for (model, mode), rows in kept.groupby(["model", "mode"])}
+    modes = metrics["after"].keys()
+    assert groups.keys() == {("", "BM25"), *((model, mode) for model in ("before", "after") for mode in modes)}
+    for (model, mode), rows in groups.items():
+        said = metrics["after" if model == "after" else "before"][mode]
+        assert len(rows) == metrics["queries"]
+        for name in said.keys() - {"n_queries"}: assert rows[name].to_numpy().mean() == said[name]["mean"]
+    wrong = groups["after", "all"]["rank"].ne(1).sum()
+    assert f"wrong after training (rank before → after): {wrong}" in page
+    assert ('dir="auto"' in page) == bool(wrong)
+    assert metrics["seconds"] > 0 and metrics["peak_memory_gb"] > .1 and metrics["cost"] is None
+    assert metrics["should_fine_tune"][0] in page
+    assert "too few rows" in page.lower()
