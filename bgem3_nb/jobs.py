@@ -1068,8 +1068,8 @@ class JobReport:
     def settings(self,
         *without: str,   # further parameters to leave out
     ) -> dict[str, Any]:
-        "Return what the result depends on: all but `out`, `progress`, `resume` and `check`."
-        aside = {"out", "progress", "resume", "check", *without}
+        "Return what the result depends on: all but where, how it is shown, and what it costs."
+        aside = {"out", "progress", "resume", "check", "price_per_hour", *without}
         return {name: value for name, value in self.values.items() if name not in aside}
 
     def show(self):
