@@ -2,21 +2,51 @@
 import json
 import subprocess
 
+import pytest
+
 from conftest import LAUNCHER, REPO
+
+MINI = str(REPO/"data"/"law_mini.jsonl")
+
+
+def specialist(cwd, env, variants, *more):
+    "Run the smoke parameters with these variants."
+    words = ["specialist", "-f", "specialist_smoke", "-p", "source", MINI,
+             "-p", "variants", json.dumps(variants), "--out", "run", *more]
+    return subprocess.run([*LAUNCHER, *words], cwd=cwd, env=env, capture_output=True, text=True)
 
 
 def test_other_settings_are_other_runs(tmp_path, env):
     def run(variants, *more):
-        words = ["specialist", "-f", "specialist_smoke", "-p", "source", str(REPO/"data"/"law_mini.jsonl"),
-                 "-p", "variants", json.dumps(variants), "--out", "run", *more]
-        done = subprocess.run([*LAUNCHER, *words], cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = specialist(tmp_path, env, variants, *more)
         assert done.returncode == 0, done.stderr
         return {p.parent.name: (p.stat().st_mtime_ns, p.read_text(encoding="utf-8"))
                 for p in (tmp_path/"run"/"parts").glob("*/train.ipynb")}
     first = run({"a guard": {"keep": 0.9}})
-    assert sorted(name.rpartition("-")[0] for name in first) == ["a_guard", "general"]
+    near = "Bộ_luật_hàng_hải_Việt_Nam_2015_a_guard"
+    assert sorted(name.rpartition("-")[0] for name in first) == [near, "general"]
     second = run({"a guard": {"keep": 0.5}}, "--force")
     assert first.items() <= second.items()                      # none of the first was run again
     [other] = second.keys() - first.keys()                      # and the new settings have a run of their own
-    assert other.startswith("a_guard-")
+    assert other.startswith(near)
     assert '\\"keep\\": 0.5' in second[other][1]
+
+
+def test_a_far_subject_alone(tmp_path, env):
+    rows = [{"query": f"question {i}", "pos": f"The answer to question {i} is {i * i}."} for i in range(60)]
+    (tmp_path/"far.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = specialist(tmp_path, env, {"plain": {}}, "-p", "special", "[]", "-p", "far_source", "far.jsonl",
+                      "-p", "far_options", "{}", "-p", "far_rows", "40")
+    assert done.returncode == 0, done.stderr
+    [folder] = (tmp_path/"run"/"parts").glob("far_plain-*")
+    found = json.loads((folder/"metrics.json").read_text(encoding="utf-8"))
+    assert found["queries"] == 10                               # 40 rows of the subject: a test of 12, cut to max_rows
+    assert "general" in found and found["general"]["before"]
+
+
+@pytest.mark.parametrize("words, said", [
+    (["-p", "special", '["no such law"]'], "special names ['no such law']"),
+    (["-p", "special", "[]"], "nothing to specialise on")])
+def test_a_subject_that_is_not_there_is_named(tmp_path, env, words, said):
+    done = specialist(tmp_path, env, {"plain": {}}, *words)
+    assert done.returncode != 0 and said in done.stderr, done.stderr
