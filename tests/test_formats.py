@@ -203,7 +203,8 @@ def written(folder, files):
     return folder if len(files) > 1 or "positive_pairs.jsonl" in files else folder/next(iter(files))
 
 
-FULL = "Nhân viên chính thức làm đủ mười hai tháng được hưởng 14 ngày phép năm, nguyên lương, và mỗi ba năm thêm một ngày."
+FULL = ("Nhân viên chính thức làm đủ mười hai tháng được hưởng 14 ngày phép năm, nguyên lương, "
+        "và mỗi ba năm thêm một ngày.")
 
 
 def company(folder, **more):
