@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['M3TrainingArguments', 'count_steps', 'check_model', 'cached_backward', 'last_checkpoint', 'PrintLog', 'M3Trainer',
-           'search_scores', 'load_weights', 'plot_training', 'free_memory']
+           'teacher_scores', 'search_scores', 'load_weights', 'plot_training', 'free_memory']
 
 # %% ../nbs/14_training.ipynb #089c3a55
 import ctypes, gc, json, math, os, shutil, time, warnings
@@ -33,7 +33,7 @@ from .encoding import M3Encoder
 from .files import replace_file
 from .losses import flops_penalty, margin_loss, score_matrices, teacher_loss
 from .model import load_heads, M3Model, M3Output, OUTPUTS
-from .scoring import all_scores
+from .scoring import all_scores, fuse, pair_scores
 
 # %% ../nbs/14_training.ipynb #94da0e16
 _LEAST = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "weight_decay": 0,
@@ -417,6 +417,29 @@ def loss_of(self: M3Trainer,
     for name, value in terms.items(): self.loss_terms[name].append(value.detach())
     self.row_numbers += matrices["numbers"]
     return loss
+
+# %% ../nbs/14_training.ipynb #14a00009
+def teacher_scores(
+    teacher: M3Encoder,
+    rows,            # a `Dataset` of rows with hard negatives
+    weights: dict[str, float] = {"dense": 1.},   # the teacher's modes, fused with these weights
+):                   # the same rows with new `pos_scores` and `neg_scores`
+    "Score the passages of every row with a teacher. Raises ValueError if no row has a negative."
+    texts = [(r["query"], r["pos"], r.get("neg") or []) for r in rows]
+    if not any(neg for _, _, neg in texts):
+        raise ValueError("a teacher compares positives with hard negatives, and no row has one; "
+                         "mine some first: bgem3-job mine")
+    queries = {q: i for i, q in enumerate(dict.fromkeys(q for q, _, _ in texts))}
+    passages = dict.fromkeys(p for _, pos, neg in texts for p in [*pos, *neg])
+    passages = {p: i for i, p in enumerate(passages)}
+    pairs = [(queries[q], passages[p]) for q, pos, neg in texts for p in [*pos, *neg]]
+    sides = (teacher.encode_queries(list(queries), outputs=tuple(weights)),
+             teacher.encode_passages(list(passages), outputs=tuple(weights)))
+    scores = iter(fuse(pair_scores(*sides, *np.array(pairs).T), weights).tolist())
+    taken = [[[next(scores) for _ in side] for side in (pos, neg)] for _, pos, neg in texts]
+    rows = rows.remove_columns({"pos_scores", "neg_scores"} & set(rows.column_names))
+    return rows.add_column("pos_scores", [pos for pos, _ in taken]).add_column(
+        "neg_scores", [neg for _, neg in taken])
 
 # %% ../nbs/14_training.ipynb #3c1549d6
 @patch
