@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_layers', 'freeze', 'parameter_groups', 'find_peft', 'add_lora', 'adapter_weights', 'merge_lora',
-           'warm_up_lexical']
+           'restrict_to_texts', 'warm_up_lexical']
 
 # %% ../nbs/13_adapters.ipynb #f32892c6
 import random
@@ -126,6 +126,18 @@ def _lexical_weights(
     mask = pad([torch.ones_like(i) for i, _ in states])
     device = model.special_ids.device
     return model.lexical_weights(hidden.to(device), ids.to(device), mask.to(device))
+
+# %% ../nbs/13_adapters.ipynb #13a00003
+def restrict_to_texts(
+    model: M3Model,     # with a lexical head that expands
+    texts: list[str],   # whose terms may have weights: all that will be searched
+    max_length: int | None = None,   # tokens after which a text is truncated; None: the model's
+):
+    "Let the lexical head expand to the terms of these texts only; its biases begin at 0."
+    encoder = M3Encoder(model, max_length=max_length, progress=False)
+    used = {term for ids in encoder.tokenize(list(dict.fromkeys(texts))) for term in ids}
+    terms = sorted(used - set(model.special_ids.tolist()))
+    model.lexical_head.restrict_vocabulary(torch.tensor(terms))
 
 # %% ../nbs/13_adapters.ipynb #0918dea4
 def _start_scale(
