@@ -40,7 +40,7 @@ def settings_cell(tmp_path, **changed):
     (dict(mine_every=1), "mine_every is about hard negatives"),
     (dict(mine_every=1, teacher="rows", negatives=2), "set one of the two"),
     (dict(hardest=-1), "hardest must be at least 0"),
-    (dict(stages={"unified": {"lr_scheduler_type": "cosin"}}), "'cosin' is not a valid SchedulerType"),
+    (dict(stages={"unified": {"lr_scheduler_type": "cosin"}}), "cosin is not a valid SchedulerType"),
 ])
 def test_contradictions_end_it_at_once(changed, said, tmp_path):
     with pytest.raises(ValueError, match=said): settings_cell(tmp_path, **changed)
