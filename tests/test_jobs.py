@@ -1,11 +1,13 @@
 """The launcher as a process: what it prints, how it exits, what it leaves on disk."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections import defaultdict
+from html import unescape
 
 import pytest
 from conftest import LAUNCHER, REPO
@@ -66,7 +68,8 @@ def test_every_parameter_file_fits_a_job():
 
 # What a name means in one job alone; everywhere else it means what it means in all other jobs.
 OWN_MEANING = {("compare", "data"), ("prepare", "test"), ("project", "source"), ("negatives", "source_options"),
-               ("mine", "distractors"), ("project", "learning_rate"), ("compare", "passage_length")}
+               ("mine", "distractors"), ("project", "learning_rate"), ("compare", "passage_length"),
+               ("train", "test"), ("train", "valid"), ("specialist", "language")}
 
 
 def test_a_name_means_the_same_in_every_job():
@@ -87,8 +90,8 @@ def test_every_parameter_is_described():
 def test_lengths_have_one_set_of_names():
     names = {name for name in own_params() if "length" in name}
     assert names <= {"query_length", "passage_length", "search_length"}
-    assert RENAMED.keys() & own_params().keys() == {"by", "labels"}   # which mean something else in `prepare`
-    assert {job for old in ("by", "labels") for job, _ in own_params()[old]} == {"prepare"}
+    assert RENAMED.keys() & own_params().keys() == {"by", "labels"}   # which mean the split's label and rows' labels
+    assert {job for old in ("by", "labels") for job, _ in own_params()[old]} == {"prepare", "train"}
 
 
 @pytest.mark.parametrize("job, old, new", [
@@ -106,9 +109,22 @@ def test_old_names_are_refused_with_the_new_one(job, old, new, tmp_path):
     with pytest.raises(JobError, match=f"old.yaml, line 1: .*called '{new}' now"): plan_job(job, [str(path)])
 
 
+@pytest.mark.parametrize("job", own_jobs())
+def test_the_stored_run_of_a_page_has_the_parameters_of_the_job(job):
+    "Those that there are, and where a value does not stand out, the default as it is now."
+    path = own_jobs()[job]
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    outputs = [o for c in cells if c["cell_type"] == "code" for o in c["outputs"]]
+    html = "".join("".join(o.get("data", {}).get("text/html", "")) for o in outputs)
+    row = r"<td[^>]*><(b|span)>(\w+)</\1></td><td[^>]*><\1><code>(.*?)</code></\1></td>"
+    shown = {name: (mark == "b", json.loads(unescape(value))) for mark, name, value in re.findall(row, html)}
+    params = job_params(path)
+    assert list(shown) == list(params)
+    assert {k: v for k, (changed, v) in shown.items() if not changed and v != params[k].default} == {}
+
+
 # Parameter files that say that they are a job's defaults, written out: the job, and what they change.
-DEFAULTS = {"law": ("train", set()), "compare": ("compare", set()),
-            "mine_quran": ("mine", {"pilot"}), "project_rental": ("project", {"matryoshka", "learn_weights"})}
+DEFAULTS = {"compare": ("compare", set()), "project_rental": ("project", {"matryoshka", "learn_weights", "check"})}
 
 
 def test_defaults_that_are_written_out_are_the_defaults():

@@ -18,7 +18,7 @@ def lines_of(path): return [json.loads(line) for line in path.read_text("utf-8")
 @pytest.fixture
 def small(tmp_path):
     def write(*lines):
-        path = tmp_path / "rows.jsonl"
+        path = tmp_path / "train.jsonl"
         path.write_text("\n".join(json.dumps(line, ensure_ascii=False) for line in (*SMALL, *lines)), encoding="utf-8")
         words = {"source": str(path), "source_options": "{}", "parallels": "", "pilot": "0", "search_length": "48",
                  "num_negatives": "3", "mix": "0-9", "rules": '{"same text": 1, "jaccard": 0.95}',
@@ -35,7 +35,7 @@ def test_files_reasons_and_labels(small, launch, tmp_path):
     done = launch("mine", *words())
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
-    rows = lines_of(run / "rows.jsonl")
+    rows = lines_of(run / "train.jsonl")
     for name in ("mine.ipynb", "mine.html", "stats.json", "pairs.csv", "review.csv", "scores.png"):
         assert (run / name).is_file(), name
     assert len(rows) == 11
@@ -57,7 +57,7 @@ def test_files_reasons_and_labels(small, launch, tmp_path):
         out.writerows(table)
     done = launch("mine", *words(labels_file=str(tmp_path / "labels.csv")), "--force")
     assert done.returncode == 0, done.stderr
-    again = lines_of(run / "rows.jsonl")
+    again = lines_of(run / "train.jsonl")
     assert rows[1]["neg"][0] not in again[1]["neg"]
     assert again[2:] == rows[2:]
     assert again[0] == rows[0]
@@ -67,7 +67,7 @@ def test_filter_mode(small, launch, tmp_path):
     words = small(SMALL[0] | {"query": "cũ", "neg": [COPY["pos"][0], SMALL[3]["pos"][0]], "neg_scores": [5, 5]})
     done = launch("mine", *words(filter_only="true"))
     assert done.returncode == 0, done.stderr
-    last = lines_of(tmp_path / "run" / "rows.jsonl")[-1]
+    last = lines_of(tmp_path / "run" / "train.jsonl")[-1]
     assert last["neg"] == [SMALL[3]["pos"][0]]
     assert last["neg_scores"][0] < 1.01
 
@@ -82,5 +82,5 @@ def test_wrong_parameters(small, launch, tmp_path, more, wanted):
     assert done.returncode == 1
     assert wanted in done.stderr
     assert "Traceback" not in done.stderr, done.stderr
-    assert not (tmp_path / "run" / "rows.jsonl").exists()
+    assert not (tmp_path / "run" / "train.jsonl").exists()
     assert (tmp_path / "run" / "mine.failed.ipynb").is_file()
