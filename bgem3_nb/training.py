@@ -62,6 +62,9 @@ def _check_choices(
         raise ValueError(f"modes names no output; choose some of {', '.join(OUTPUTS)}")
     if args.distill == "guided" and not {"lexical", "multi"} <= set(modes):
         raise ValueError('distill="guided" needs the modes lexical and multi')
+    if args.freeze_layers == -1 and set(modes) == {"dense"}:
+        raise ValueError("freeze_layers=-1 leaves the heads to train, and the mode dense has none; "
+                         "nothing would be trained")
     if args.lora_rank and args.freeze_layers:
         raise ValueError("lora_rank puts adapters beside every layer, and freeze_layers leaves "
                          "some as they are; set one of the two")

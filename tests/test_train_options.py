@@ -35,6 +35,7 @@ def settings_cell(tmp_path, **changed):
     (dict(modes=[]), "modes names no output"),
     (dict(stages={"unified": {"modes": ["dense", "sparse"]}}), "'sparse', which is no output"),
     (dict(modes=["dense"], distill="guided"), "needs the modes lexical and multi"),
+    (dict(freeze_layers=-1, stages={"foundation": {}}), "nothing would be trained"),
     (dict(lora_rank=8, freeze_layers=2), "lora_rank puts adapters beside every layer"),
     (dict(teacher="embedded"), "teacher is about hard negatives"),
     (dict(mine_every=1), "mine_every is about hard negatives"),
@@ -112,9 +113,9 @@ def test_options_together(tmp_path, launch):
     assert {"loss_dense", "loss_lexical", "loss_sparsity"} <= losses[0].keys()
     assert "loss_multi" not in losses[0]
     assert metrics["after"].keys() == {"dense", "lexical", "dense@8", "dense+lexical", "all"}
-    folder = next((tmp_path / "run").glob("unified*"))
-    assert {p.name for p in folder.glob("mined-*")} == {"mined-0.parquet", "mined-1.parquet", "mined-2.parquet"}
-    assert all(len(n) == 7 for n in pd.read_parquet(folder / "mined-0.parquet")["neg"])
+    mined = sorted((tmp_path / "run").rglob("mined-*"))
+    assert [p.name for p in mined] == ["mined-0.parquet", "mined-1.parquet", "mined-2.parquet"]
+    assert all(len(n) == 7 for n in pd.read_parquet(mined[0])["neg"])
     config = json.loads((tmp_path / "run" / "model" / "bgem3_nb.json").read_text(encoding="utf-8"))
     assert config["lexical"] == "expansion"
 
