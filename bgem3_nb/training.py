@@ -70,6 +70,7 @@ def _check_choices(
                          "some as they are; set one of the two")
     args.modes = tuple(m for m in OUTPUTS if m in modes)
 
+# %% ../nbs/14_training.ipynb #14a00017
 def _complete_arguments(
     args,   # `M3TrainingArguments` as given; modes and precision are filled in
 ):
