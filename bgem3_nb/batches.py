@@ -21,8 +21,10 @@ from .encoding import token_batches
 from .model import M3Model, OUTPUTS
 
 # %% ../nbs/12_batches.ipynb #e658206b
-MODE_PHRASES = {"dense": "dense retrieval", "lexical": "(sparse|lexical) retrieval",
-                "multi": "multi-?vector retrieval"}
+_WANTED = "(retrieval|embeddings?|representations?|vectors?)"
+MODE_PHRASES = {"dense": f"dense {_WANTED}",
+                "lexical": f"(sparse|lexical) {_WANTED}|keyword matching",
+                "multi": f"multi[- ]?vector {_WANTED}|colbert|late interaction"}
 
 def asked_modes(
     prompt: str,    # a row's prompt
@@ -48,8 +50,10 @@ class TrainingRows(Dataset):
         negatives: int = 0,   # most hard negatives of an example
         seed: int = 0,        # random seed
         no_in_batch: tuple = (),  # sources whose rows see their own negatives only
+        instructions: bool = True,  # a prompt that names modes trains those alone
     ):
         self.negatives, self.seed, self.epoch = negatives, seed, 0
+        self.instructions = instructions
         self.no_in_batch = set(no_in_batch)
         self.replace(rows)
 
@@ -84,7 +88,8 @@ def __getitem__(self: TrainingRows,
     def values(name, places, missing):
         return [row[name][j] if row.get(name) else missing for j in places]
     nan, prompt = float("nan"), row.get("prompt") or ""
-    return {"row": i, "query": row["query"], "prompt": prompt, "modes": asked_modes(prompt),
+    modes = asked_modes(prompt) if self.instructions else OUTPUTS
+    return {"row": i, "query": row["query"], "prompt": prompt, "modes": modes,
             "passages": [row["pos"][pos]] + [row["neg"][j] for j in neg],
             "scores": values("pos_scores", [pos], nan) + values("neg_scores", neg, nan),
             "weights": values("neg_weights", neg, 1.),

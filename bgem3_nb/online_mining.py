@@ -6,13 +6,18 @@
 __all__ = ['MineBetweenEpochs', 'hardest_in_batch']
 
 # %% ../nbs/33_online_mining.ipynb #0849fd4d
+from pathlib import Path
+
+import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
+from fastcore.basics import patch
 from transformers import TrainerCallback
 
 from .encoding import M3Encoder
 from .exact_search import refuse_renamed
 from .mining import mine_hard_negatives
+from .rows import rows_from
 
 # %% ../nbs/33_online_mining.ipynb #6e3aac38
 @refuse_renamed(n="num_negatives", order="sampling_strategy")
@@ -27,22 +32,44 @@ class MineBetweenEpochs(TrainerCallback):
     ):
         if every < 1: raise ValueError(f"every must be at least 1, not {every}")
         self.rows, self.every, self.first, self.max_length = rows, every, first, max_length
-        self.settings, self.log = settings, []
+        self.settings, self.log, self.mined_at = settings, [], None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step: return   # resumed
+        for old in Path(args.output_dir).glob("mined-*.parquet"): old.unlink()
 
     def on_epoch_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        epoch, data = round(state.epoch or 0), train_dataloader.dataset
-        if epoch < self.first or (epoch - self.first) % self.every: return
+        epoch, data = int((state.epoch or 0) + 1e-6), train_dataloader.dataset
+        due = epoch - (epoch - self.first) % self.every    # the last epoch that began with mining
+        if epoch < self.first or due == self.mined_at: return
         if len(data.rows) != len(self.rows):
             raise ValueError(f"the trainer has {len(data.rows)} rows and the miner "
                              f"{len(self.rows)}; give both the same")
-        training = model.training
-        encoder = M3Encoder(model, max_length=self.max_length, device=args.device, dtype=args.dtype,
-                            progress=False)
-        settings = {"progress": False, **self.settings}
-        settings["seed"] = settings.get("seed", args.seed) + epoch
-        data.rows, counts = mine_hard_negatives(encoder, self.rows, **settings)
-        model.train(training)
-        self.log.append({"epoch": epoch, **counts})
+        file, self.mined_at = Path(args.output_dir)/f"mined-{due}.parquet", due
+        if file.is_file(): data.rows = rows_from([pq.read_table(file)])
+        else: data.rows = self.mine(model, args, due, file if state.is_world_process_zero else None)
+
+# %% ../nbs/33_online_mining.ipynb #33a00002
+@patch
+def mine(self: MineBetweenEpochs,
+    model,                # the model in training
+    args,                 # of the trainer
+    epoch: int,           # changes the seed
+    file: Path | None,    # where the rows are kept for a resumed run; None: nowhere
+) -> Dataset:
+    "Mine fresh rows with the model as it is."
+    training = model.training
+    encoder = M3Encoder(model, max_length=self.max_length, device=args.device, dtype=args.dtype,
+                        progress=False)
+    settings = {"progress": False, **self.settings}
+    settings["seed"] = settings.get("seed", args.seed) + epoch
+    mined, counts = mine_hard_negatives(encoder, self.rows, **settings)
+    model.train(training)
+    self.log.append({"epoch": epoch, **counts})
+    if file:
+        pq.write_table(mined.with_format("arrow")[:], partial := file.with_suffix(".partial"))
+        partial.replace(file)
+    return mined
 
 # %% ../nbs/33_online_mining.ipynb #9e418314
 @refuse_renamed(k="num_negatives", ratio="relative_margin (1 - ratio)")

@@ -18,6 +18,27 @@ from transformers import TrainerCallback
 from .model import M3Model
 from .training import M3TrainingArguments, search_scores
 
+# %% ../nbs/15_stages.ipynb #15a00002
+def _stage_length(
+    name: str,       # of the stage, for messages
+    own: dict,       # settings of the stage
+    shared: dict,    # settings of every stage
+) -> dict:           # `max_steps`, -1 where epochs count, and `num_train_epochs`
+    "Decide between steps and epochs. Raises ValueError where both are said, or one is 0."
+    for said in (own, shared):
+        steps, epochs = said.get("max_steps"), said.get("num_train_epochs")
+        if steps == 0 or epochs is not None and epochs <= 0:
+            raise ValueError(f"stage {name!r}: max_steps={steps}, num_train_epochs={epochs} trains "
+                             "nothing; give a number above 0")
+        if epochs is None and steps is None: continue
+        if epochs is None and steps > 0: return {"max_steps": steps}
+        if epochs is None: epochs = shared.get("num_train_epochs", 3.)
+        elif steps is not None and steps > 0:
+            raise ValueError(f"stage {name!r}: max_steps is {steps} and num_train_epochs is "
+                             f"{epochs}; a training is as long as one of them says, drop one")
+        return {"max_steps": -1, "num_train_epochs": epochs}
+    return {}
+
 # %% ../nbs/15_stages.ipynb #440977d6
 STAGES = {"foundation": {"modes": ("dense",), "distill": "", "symmetric": True, "cached": True},
           "unified": {}, "specialised": {}}
@@ -30,6 +51,7 @@ def stage_plan(
 ) -> list[tuple]:     # (name, settings of the arguments, safeguards)
     "List what each stage is to do. Raises ValueError for an unknown stage or setting."
     known, plan = {f.name for f in fields(M3TrainingArguments)} | set(BRAKES), []
+    known.remove("output_dir")   # each stage has its own
     if not stages: raise ValueError(f"no stages; name one or more of {', '.join(STAGES)}")
     for name, own in stages.items():
         if name not in STAGES:
@@ -38,7 +60,8 @@ def stage_plan(
             if k not in known:
                 raise ValueError(f"stage {name!r}: unknown setting {k!r}; it is neither one of "
                                  f"M3TrainingArguments nor of {', '.join(BRAKES)}")
-        merged = settings | STAGES[name] | (own or {})
+        length = _stage_length(name, own or {}, settings)
+        merged = settings | STAGES[name] | (own or {}) | length
         safeguards = BRAKES | {k: v for k, v in merged.items() if k in BRAKES}
         plan.append((name, {k: v for k, v in merged.items() if k not in BRAKES}, safeguards))
     return plan
