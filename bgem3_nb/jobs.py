@@ -134,7 +134,9 @@ def _plain_type(t):
     if origin is Literal or origin in (bool, int, float, str, NoneType): return t
     if not isinstance(origin, type): return Any
     if issubclass(origin, (os.PathLike, Enum)): return str
-    return dict if issubclass(origin, Mapping) else list if issubclass(origin, Iterable) else Any
+    if issubclass(origin, Mapping): return dict
+    if not issubclass(origin, Iterable): return Any
+    return list[_plain_type(args[0])] if len(args) == 1 or args[1:] == (...,) else list
 
 # %% ../nbs/48_jobs.ipynb #8c1d0e06
 def _type_name(t):
