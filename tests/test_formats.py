@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import bgem3_nb.formats as formats
 from bgem3_nb.formats import (
-    FORMATS, HUB, METHODS, WeightConfig, fill_weights, load_data, negative_weights, recognise, save_data)
+    FORMATS, HUB, METHODS, WeightConfig, detect_format, fill_weights, load_data, negative_weights, save_data)
 from bgem3_nb.evaluation import evaluate_scores
 from bgem3_nb.rows import Rejected, RowError, make_rows
 from bgem3_nb.splits import merge_queries, retrieval_set
@@ -118,7 +118,7 @@ def test_a_language_is_one_code_in_every_format(tmp_path):
 
 def test_the_company_set_survives_a_round_trip(tmp_path):
     first = load_data(REPO/"data"/"company")
-    assert recognise(REPO/"data"/"company") == "company" and len(first.rows) >= 120 and len(first.corpus) >= 40
+    assert detect_format(REPO/"data"/"company") == "company" and len(first.rows) >= 120 and len(first.corpus) >= 40
     save_data(first, tmp_path/"company", "company")
     again = load_data(tmp_path/"company")
     assert again.corpus.to_list() == first.corpus.to_list()
@@ -253,11 +253,11 @@ def test_a_negative_score_survives_merging(tmp_path):
 def test_folders_and_files_of_passages_alone(tmp_path):
     files = {"a.jsonl": [{"id": 1, "text": "x", "language": "vi-VN"}], "b.jsonl": [{"passage": "y", "title": "T"}]}
     folder = written(tmp_path/"two", files)
-    assert recognise(folder) == recognise(folder/"b.jsonl") == "corpus"
+    assert detect_format(folder) == detect_format(folder/"b.jsonl") == "corpus"
     c = load_data(folder)
     assert (c.corpus["id"][:], c.corpus["text"][:], len(c.rows)) == (["1", "b-1"], ["x", "T\ny"], 0)
     assert c.corpus["language"][0] == "vi"
-    assert recognise(written(tmp_path/"one", {"corpus.jsonl": CORPUS, "notes.txt": ""})) == "corpus"
+    assert detect_format(written(tmp_path/"one", {"corpus.jsonl": CORPUS, "notes.txt": ""})) == "corpus"
 
 
 def test_gold_questions_over_a_named_corpus(tmp_path):
@@ -265,7 +265,7 @@ def test_gold_questions_over_a_named_corpus(tmp_path):
     question = {"query": "Nghỉ phép?", "relevant": {"hr-0": 2, "hr-1": 1}, "category": "leave", "difficulty": "hard",
                 "language": "vi", "corpus": "co"}
     gold = written(tmp_path, {"gold.jsonl": [question, question | {"query": "Ốm?", "relevant": "hr-1"}]})
-    assert recognise(gold) == "gold"
+    assert detect_format(gold) == "gold"
     c = load_data(gold)
     row = c.rows[0]
     assert (row["pos_ids"], row["domain"], row["difficulty"]) == (["hr-0", "hr-1"], "leave", "hard")
@@ -279,7 +279,7 @@ def test_clicks_become_positives_and_what_stood_above_them_candidates(tmp_path):
     searches = [{"query": "q", "shown": shown, "clicked": ["c"]}, {"query": "q ", "shown": shown, "clicked": "b"},
                 {"query": "r", "shown": shown, "clicked": []}]
     log = written(tmp_path, {"log.jsonl": searches})
-    assert recognise(log) == "search_log"
+    assert detect_format(log) == "search_log"
     c = load_data(log)
     [row] = c.rows
     assert (row["pos_ids"], row["neg_ids"], row["neg_types"]) == (["c", "b"], ["a"], [["skipped"]])
@@ -307,9 +307,9 @@ def test_recognised_by_their_first_record(tmp_path):
              "rental": {"query": "q", "pos": "p", "hard_neg": []},
              "islamic": LINE | {"source": "s", "language": "ar", "query_type": "t"},
              "sentence-transformers": {"sentence1": "a", "sentence2": "b", "label": 1}}
-    for name, record in cases.items(): assert recognise(written(tmp_path, {f"{name}.jsonl": [record]})) == name
-    assert recognise("miracl") == "hub"
-    with pytest.raises(RowError, match="expected one file"): recognise(tmp_path)
+    for name, record in cases.items(): assert detect_format(written(tmp_path, {f"{name}.jsonl": [record]})) == name
+    assert detect_format("miracl") == "hub"
+    with pytest.raises(RowError, match="expected one file"): detect_format(tmp_path)
 
 
 def test_a_pair_only_among_hard_negatives_is_added(tmp_path):
@@ -436,7 +436,7 @@ def test_scores_out_of_0_to_1_ask_for_a_mapping_and_other_columns_are_no_texts(t
     lines = [["train", "news", "MSRpar", 2012, f"{i:04}", score, "a", f"b{score}"]
              for i, score in enumerate((0, 1.5, 3, 4.2, 5))]
     path = table(tmp_path/"sts.tsv", STS, *lines)
-    assert recognise(path) == "sentence-transformers"
+    assert detect_format(path) == "sentence-transformers"
     with pytest.raises(RowError, match=r"field 'score': the labels .* give labels=\[2, 4\]"): load_data(path)
     c = load_data(path, labels=[2, 4])
     assert [(r["query"], r["pos"], r["neg"]) for r in c.rows] == [("a", ["b4.2", "b5"], ["b0", "b1.5"])]
@@ -484,7 +484,7 @@ def test_a_score_beside_lists_or_negatives_is_no_label(tmp_path):
     c = load_data(written(tmp_path, {"fe.jsonl": [record]}))
     assert c.rows[0]["pos"] == ["p"] and c.rows[0]["domain"] == "math" and "score" in c.notes[0]
     path = table(tmp_path/"margin.tsv", ["query", "positive", "negative", "score"], ("q", "p", "n", 7.2))
-    assert recognise(path) == "triplets" and load_data(path).rows[0]["neg"] == ["n"]
+    assert detect_format(path) == "triplets" and load_data(path).rows[0]["neg"] == ["n"]
 
 
 # BEIR as it is published
@@ -552,7 +552,7 @@ def test_the_evaluation_data_of_flagembedding(tmp_path):
         "test_queries.jsonl": [{"id": "q1", "text": "a"}],
         "test_qrels.jsonl": [{"qid": "q1", "docid": "d1", "relevance": 1}]})
     c = load_data(path)
-    assert recognise(path) == "beir" and c.rows["pos"][:] == [["T\nx"]] and len(c.corpus) == 2
+    assert detect_format(path) == "beir" and c.rows["pos"][:] == [["T\nx"]] and len(c.corpus) == 2
 
 
 def test_graded_ndcg_is_that_of_the_raw_judgements(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bgem3_nb.formats import WeightConfig, load_data, recognise
+from bgem3_nb.formats import WeightConfig, detect_format, load_data
 from bgem3_nb.readers import read_rows
 from bgem3_nb.rows import Rejected, RowError
 
@@ -89,7 +89,7 @@ def test_json_lines(format, tmp_path):
     @given(lines_of(FLAT[format]))
     def run(content):
         path.write_bytes(content)
-        answered(recognise, path)
+        answered(detect_format, path)
         c, bad = checked(path, format, tmp_path)
         given = sum(bool(line.strip()) for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"))
         if c is not None: assert c.counts["f.jsonl"]["in"] == given
@@ -107,7 +107,7 @@ def test_json(format, tmp_path):
                      record.map(lambda r: json.dumps([r], indent=1).encode())))
     def run(content):
         path.write_bytes(content)
-        answered(recognise, path)
+        answered(detect_format, path)
         checked(path, format, tmp_path)
     run()
 
@@ -128,7 +128,7 @@ def test_tables(ending, separator, tmp_path):
     def run(header, lines, end):
         content = end.join([separator.join(header).encode(), *lines])
         path.write_bytes(content)
-        answered(recognise, path)
+        answered(detect_format, path)
         for format in ("rows", "sentence-transformers"):
             c, bad = checked(path, format, tmp_path)
             given = sum(bool(line) for line in content.replace(b"\r", b"\n").split(b"\n")) - 1
@@ -154,7 +154,7 @@ def test_parquet(tmp_path):
         pq.write_table(pa.Table.from_arrays(arrays, names=header[:len(arrays)]), path)
         if cut > 40: path.write_bytes(path.read_bytes()[:cut])
         if 30 < cut <= 40: path.write_bytes(bytes(b ^ (i % 97 == cut) for i, b in enumerate(path.read_bytes())))
-        answered(recognise, path)
+        answered(detect_format, path)
         for format in ("rows", "sentence-transformers"):
             c, bad = checked(path, format, tmp_path)
             if c is not None: assert c.counts[path.name]["in"] == 2
@@ -181,7 +181,7 @@ def test_beir(tmp_path):
         (folder/"queries.jsonl").write_bytes(queries)
         if as_json: (folder/"qrels"/"test.jsonl").write_bytes(b'{"qid": "q", "docid": "d", "relevance": 2}')
         else: (folder/"qrels"/"test.tsv").write_bytes(qrels)
-        assert recognise(folder) == "beir"
+        assert detect_format(folder) == "beir"
         checked(folder, None, tmp_path)
     run()
 

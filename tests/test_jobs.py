@@ -101,6 +101,8 @@ def test_lengths_have_one_set_of_names():
     ("mine", "order", "sampling_strategy"),
     ("compare", "length", "passage_length"),
     ("negatives", "ways.x.order", "sampling_strategy"),
+    ("specialist", "variants.x.anchor", "l2_sp"),
+    ("train", "stages.specialised.keep", "retained_share"),
 ])
 def test_old_names_are_refused_with_the_new_one(job, old, new, tmp_path):
     value = 1

@@ -22,14 +22,14 @@ def test_other_settings_are_other_runs(tmp_path, env):
         assert done.returncode == 0, done.stderr
         return {p.parent.name: (p.stat().st_mtime_ns, p.read_text(encoding="utf-8"))
                 for p in (tmp_path/"run"/"parts").glob("*/train.ipynb")}
-    first = run({"a guard": {"keep": 0.9}})
+    first = run({"a guard": {"retained_share": 0.9}})
     near = "Bộ_luật_hàng_hải_Việt_Nam_2015_a_guard"
     assert sorted(name.rpartition("-")[0] for name in first) == [near, "general"]
-    second = run({"a guard": {"keep": 0.5}}, "--force")
+    second = run({"a guard": {"retained_share": 0.5}}, "--force")
     assert first.items() <= second.items()                      # none of the first was run again
     [other] = second.keys() - first.keys()                      # and the new settings have a run of their own
     assert other.startswith(near)
-    assert '\\"keep\\": 0.5' in second[other][1]
+    assert '\\"retained_share\\": 0.5' in second[other][1]
 
 
 def test_a_far_subject_alone(tmp_path, env):
