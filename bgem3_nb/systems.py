@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Protocol
 
 import numpy as np

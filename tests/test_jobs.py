@@ -70,7 +70,8 @@ def test_every_parameter_file_fits_a_job():
 # What a name means in one job alone; everywhere else it means what it means in all other jobs.
 OWN_MEANING = {("compare", "data"), ("prepare", "test"), ("project", "source"), ("negatives", "source_options"),
                ("mine", "distractors"), ("project", "learning_rate"), ("compare", "passage_length"),
-               ("train", "test"), ("train", "valid"), ("specialist", "language")}
+               ("train", "test"), ("train", "valid"), ("specialist", "language"), ("project", "epochs"),
+               ("evaluate", "modes"), ("project", "matryoshka")}
 
 
 def test_a_name_means_the_same_in_every_job():
