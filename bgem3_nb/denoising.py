@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['score_itself', 'score_margin', 'score_ratio', 'relative_score', 'words_of', 'jaccard', 'containment', 'same_text',
            'minhash', 'mode_ratio', 'reranker_ratio', 'agreement', 'Rule', 'Report', 'denoise', 'existing_pairs',
-           'filtered_rows', 'precision_recall_curve', 'calibrate', 'write_review', 'read_review', 'apply_labels']
+           'filtered_rows', 'keep_labelled', 'precision_recall_curve', 'calibrate', 'write_review', 'read_review',
+           'apply_labels']
 
 # %% ../nbs/32_denoising.ipynb #cf12e039
 import csv
@@ -24,7 +25,7 @@ from scipy.sparse import csr_matrix
 from .exact_search import refuse_renamed, scores_of
 from .files import replacing
 from .mining import SampledPairs, weakest_positives
-from .rows import make_rows, PARALLEL, RowError
+from .rows import make_rows, PARALLEL, row_dicts, RowError
 from .splits import RetrievalSet
 from .text import fold, text_key
 
@@ -335,6 +336,37 @@ def filtered_rows(
         row |= {"neg_scores": g.score.tolist(), "pos_scores": np.asarray(pos_scores).tolist()}
         out.append(row)
     return make_rows(out)
+
+# %% ../nbs/32_denoising.ipynb #c4a30002
+def keep_labelled(
+    rows: Dataset,         # as they were before mining
+    mined: Dataset,        # the same rows with mined negatives, as `mined_rows` gives them
+    data: RetrievalSet,    # that was searched
+    score: Callable,       # (i, j) to scores of pairs
+    num_negatives: int,    # of a row, if fewer are labelled
+) -> Dataset:
+    "Put the labelled negatives of rows before those that were mined."
+    of, places = _text_numbers(data)
+    def joined(row, new):
+        positives = {fold(t) for t in row["pos"]}
+        types, weights = (row[name] or [default] * len(row["neg"])
+                          for name, default in (("neg_types", []), ("neg_weights", 1.)))
+        own = [k for k, text in enumerate(row["neg"])
+               if _is_labelled(types[k]) and fold(text) not in positives]
+        if not own: return new
+        known = {fold(row["neg"][k]) for k in own}
+        more = [k for k, text in enumerate(new["neg"]) if fold(text) not in known]
+        more = more[:max(0, num_negatives - len(own))]
+        at = [places[fold(row["neg"][k])] for k in own]
+        scores = score(np.full(len(own), of[fold(row["query"])]), np.array(at)).tolist()
+        return new | {
+            "neg": [row["neg"][k] for k in own] + [new["neg"][k] for k in more],
+            "neg_ids": [data.passage_ids[j] for j in at] + [new["neg_ids"][k] for k in more],
+            "neg_types": [types[k] for k in own] + [new["neg_types"][k] for k in more],
+            "neg_scores": scores + [new["neg_scores"][k] for k in more],
+            "neg_weights": [weights[k] for k in own] + [1.] * len(more) if row["neg_weights"]
+            else []}
+    return make_rows(map(joined, row_dicts(rows), row_dicts(mined)))
 
 # %% ../nbs/32_denoising.ipynb #65bf60ef
 def precision_recall_curve(

