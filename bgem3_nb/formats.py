@@ -663,7 +663,8 @@ _PASSAGE_ALIASES = dict.fromkeys(_PASSAGE_TEXTS, "text") | dict.fromkeys(
 
 def _holds_passages(columns):
     "Return whether a record of these columns is a passage and no example."
-    names, other = {ALIASES.get(c, c) for c in columns}, {"query", "neg", "instruction", "hard_neg"}
+    names = {ALIASES.get(c, c) for c in columns}
+    other = {"query", "neg", "instruction", "hard_neg", *_LABEL_NAMES}
     return bool({*columns} & {*_PASSAGE_TEXTS}) and not names & other
 
 def _data_files(folder):
