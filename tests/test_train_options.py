@@ -115,7 +115,9 @@ def test_options_together(tmp_path, launch):
     assert metrics["after"].keys() == {"dense", "lexical", "dense@8", "dense+lexical", "all"}
     mined = sorted((tmp_path / "run").rglob("mined-*"))
     assert [p.name for p in mined] == ["mined-0.parquet", "mined-1.parquet", "mined-2.parquet"]
-    assert all(len(n) == 7 for n in pd.read_parquet(mined[0])["neg"])
+    last = pd.read_parquet(mined[-1])                   # 16 passages: the positive and ranks 0 to 9 are not taken
+    assert [len(n) for n in last["neg"]] == [5] * 16
+    assert not any(set(p) & set(n) for p, n in zip(last["pos"], last["neg"]))
     config = json.loads((tmp_path / "run" / "model" / "bgem3_nb.json").read_text(encoding="utf-8"))
     assert config["lexical"] == "expansion"
 
