@@ -411,18 +411,20 @@ def _from_text_one_of(text, types, type_):
 
 # %% ../nbs/48_jobs.ipynb #9f0274b5
 def find_params(
-    name: str,  # a path, or the name of one of the project's own files
+    name: str,               # a path, or the name of one of the project's own files
+    folder: str = "params",  # where these lie; chains are in "chains"
 ) -> Path:
-    "Find the parameter file of that name; if there is none, a `JobError` lists those there are."
+    "Find a file of that name; if there is none, a `JobError` lists those there are."
     with suppress(OSError, ValueError, RuntimeError):   # a name that no file can have
         path = Path(name).expanduser()
         if path.is_file(): return path
     path = Path(name)
     own = {p.stem: p for root in reversed(job_roots())
-           for p in sorted((root / "params").glob("*.yaml"))}
-    if str(path.parent) in (".", "params") and path.suffix in ("", ".yaml") and path.stem in own:
+           for p in sorted((root / folder).glob("*.yaml"))}
+    if str(path.parent) in (".", folder) and path.suffix in ("", ".yaml") and path.stem in own:
         return own[path.stem]
-    raise JobError(f"there is no parameter file {name!r}; "
+    what = "parameter file" if folder == "params" else "chain"
+    raise JobError(f"there is no {what} {name!r}; "
                    f"the project's own are: {', '.join(sorted(own)) or 'none'}")
 
 # %% ../nbs/48_jobs.ipynb #62b190ee
