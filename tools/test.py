@@ -106,7 +106,8 @@ def notebooks():
 def processes_and_files():
     "What notebooks cannot hold: processes, kills, the command line."
     call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", SIDE_BY_SIDE, "--dist", "worksteal",
-         "tests")
+         "--basetemp", work / "pytest", "-o", "tmp_path_retention_policy=failed", "tests")
+    shutil.rmtree(work / "pytest", ignore_errors=True)
 
 
 @cache
@@ -272,7 +273,7 @@ if __name__ == "__main__":
         work = Path(folder)
         net_log = work / "network.log"
         offline = os.environ | OFFLINE | THREADS | {"PYTHONPATH": str(root / "tests" / "offline"),
-                                                    "BGEM3_NB_NET_LOG": str(net_log)}
+                                                    "BGEM3_NB_NET_LOG": str(net_log), "TMPDIR": folder}
         offline.pop("MPLBACKEND", None)
         code = main()
     sys.exit(code)
