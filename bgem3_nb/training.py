@@ -32,13 +32,15 @@ from .distillation import LOSS_WEIGHTS, TEACHERS, unified_loss
 from .encoding import M3Encoder
 from .files import replace_file
 from .losses import flops_penalty, margin_loss, score_matrices, teacher_loss
-from .model import load_heads, M3Model, M3Output, OUTPUTS
+from .model import load_heads, M3Model, M3Output, max_positions, OUTPUTS
 from .scoring import all_scores, fuse, pair_scores
 
 # %% ../nbs/14_training.ipynb #94da0e16
 _LEAST = {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "weight_decay": 0,
           "num_train_epochs": 0, "patience": 0, "negatives": 0, "lora_rank": 0,
           "freeze_layers": -1, "lexical_sparsity": 0}
+
+_PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def _check_choices(
     args,   # `M3TrainingArguments` as given
@@ -47,7 +49,7 @@ def _check_choices(
     for name, least in _LEAST.items():
         if (value := getattr(args, name)) < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
-    choices = {"precision": ("auto", "fp32", "bf16"), "distill": ("", *TEACHERS),
+    choices = {"precision": ("auto", *_PRECISIONS), "distill": ("", *TEACHERS),
                "teacher": ("", "distribution", "margin")}
     for name, known in choices.items():
         value = getattr(args, name)
@@ -76,12 +78,24 @@ def _complete_arguments(
 ):
     "Check settings and choose the precision. Raises ValueError naming a setting that cannot be."
     _check_choices(args)
+    asked = args.precision
+    if asked == "auto" and (args.fp16 or args.bf16): asked = "fp16" if args.fp16 else "bf16"
     device = torch.device("cpu") if args.use_cpu else pick_device()
-    dtype, reason = (torch.bfloat16 if args.precision == "bf16" else torch.float32), "as asked for"
-    if args.precision == "auto": dtype, reason = pick_dtype(device)
+    dtype, reason = _PRECISIONS.get(asked), "as asked for"
+    if asked == "auto": dtype, reason = pick_dtype(device)
     args.use_cpu, args.precision_reason = device.type == "cpu", reason
     args.chunk_tokens = args.chunk_tokens or (2048 if args.use_cpu else 8192)
-    args.bf16, args.ddp_broadcast_buffers = dtype == torch.bfloat16, False
+    args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+    args.ddp_broadcast_buffers = False
+
+def _use_one_gpu(
+    args,   # `M3TrainingArguments`, complete
+):
+    "Keep to the first GPU where a process sees several, and say how to use them all."
+    if args.n_gpu < 2: return
+    warnings.warn(f"{args.n_gpu} GPUs are here, and this process trains on the first; to use all, "
+                  f"start it by torchrun --nproc_per_node {args.n_gpu}")
+    args._n_gpu = 1
 
 # %% ../nbs/14_training.ipynb #a894ddc4
 @dataclass
@@ -115,17 +129,16 @@ class M3TrainingArguments(TrainingArguments):
     lora_rank: int = 0                 # rank of adapters, trained instead of the encoder; 0: none
     dropout: bool = False              # the encoder's own dropout while training
     patience: int = 0                  # validations without gain before it stops; 0: never stops
-    precision: str = "auto"            # "auto" (bf16 where that is fast), "fp32" or "bf16"
+    precision: str = "auto"            # "fp32", "bf16", "fp16"; "auto": the fastest here
     remove_unused_columns: bool = field(default=False)  # rows are not the model's inputs
-
     def __post_init__(self):
         _complete_arguments(self)
         super().__post_init__()
-
+        _use_one_gpu(self)
     @property
     def dtype(self) -> torch.dtype:
         "The precision of the encoder's products."
-        return torch.bfloat16 if self.bf16 else torch.float32
+        return _PRECISIONS["bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"]
 
 # %% ../nbs/14_training.ipynb #14a00002
 def count_steps(
@@ -154,12 +167,18 @@ def check_model(
     model: M3Model,
     args: M3TrainingArguments,
 ):
-    "Raise ValueError, or ImportError, for a setting that this model cannot be trained with."
+    """Raise ValueError, or ImportError, for a setting that this model cannot be trained with;
+    lengths beyond its positions are lowered, with a warning."""
     for name, mode in {"matryoshka": "dense", "matryoshka_multi": "multi"}.items():
         full = output_widths(model)[mode]
         if wrong := [w for w in getattr(args, name) if not 0 < w < full]:
             raise ValueError(f"{name} has the width {wrong[0]}, and the model's vectors are "
                              f"{full} wide; give widths from 1 to {full - 1}")
+    most = max_positions(model.encoder)
+    for name in ("query_length", "passage_length", "search_length"):
+        if most and (length := getattr(args, name)) > most:
+            warnings.warn(f"{name} is {most}, not {length}: this model has no more positions")
+            setattr(args, name, most)
     if args.freeze_layers > 0: check_layers(model, args.freeze_layers)
     if args.lora_rank: find_peft()
 
@@ -186,10 +205,10 @@ def _outputs_of_chunks(forward, chunks):
             if getattr(o, n) is not None: setattr(o, n, getattr(o, n).detach().requires_grad_())
     return outputs, states
 
-def _output_gradients(outputs, loss_of):
+def _output_gradients(outputs, loss_of, backward):
     "Compute the loss on all outputs, and its gradient on each."
     with torch.enable_grad(): loss = loss_of(outputs)
-    loss.backward()
+    backward(loss)
     grads = [{n: getattr(o, n).grad for n in OUTPUTS if getattr(o, n) is not None} for o in outputs]
     return loss.detach(), grads
 
@@ -199,10 +218,11 @@ def cached_backward(
     chunks: list,  # inputs of the encoder
     loss_of,       # (outputs of all chunks) to the loss, a scalar
     last=nullcontext,  # entered for all chunks but the last, to put off the exchange of gradients
+    backward=torch.Tensor.backward,   # of the loss; one that scales it scales all gradients
 ) -> torch.Tensor:      # the loss
     "Compute gradients of a loss over many chunks, with the activations of one chunk at a time."
     outputs, states = _outputs_of_chunks(forward, chunks)
-    loss, grads = _output_gradients(outputs, loss_of)
+    loss, grads = _output_gradients(outputs, loss_of, backward)
     del outputs
     after = torch.get_rng_state()
     for i, (chunk, state) in enumerate(zip(chunks, states)):
@@ -265,10 +285,11 @@ _SETTINGS_FILE = "training.json"
 
 def _run_settings(args: M3TrainingArguments) -> dict:
     "Collect the settings on which the result of a step depends."
-    base = {f.name for f in fields(TrainingArguments)} | {"patience", "search_length"}
+    base = {f.name for f in fields(TrainingArguments)}
+    base |= {"patience", "search_length", "cached", "chunk_tokens"}
     names = [f.name for f in fields(M3TrainingArguments) if f.name not in base]
     names += ["seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-              "weight_decay"]
+              "weight_decay", "max_steps", "num_train_epochs", "lr_scheduler_type", "warmup_steps"]
     values = {n: getattr(args, n) for n in names}
     return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
@@ -323,6 +344,7 @@ class PrintLog(TrainerCallback):
                  if k.startswith(prefix) and "runtime" not in k and "distill" not in k}
         numbers = "  ".join(f"{k} {v:.3f}" for k, v in shown.items())
         loss = logs.get("loss", "")
+        if logs.get("skipped_steps"): numbers += f"  {logs['skipped_steps']} steps skipped (fp16)"
         print(f"step {state.global_step:>4}  {kind} {loss:.6}  {numbers}", flush=True)
 
 # %% ../nbs/14_training.ipynb #81132ff7
@@ -344,7 +366,9 @@ class _RunChecks(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         grads = [p.grad for p in model.parameters() if p.grad is not None]
         if not torch.stack([g.sum() for g in grads]).isfinite().all():
-            self.trainer.stop_not_finite("gradient")
+            scaler = self.trainer.accelerator.scaler
+            if scaler is None or scaler.get_scale() <= 1: self.trainer.stop_not_finite("gradient")
+            self.trainer.skipped_steps += 1
         self.trainer.row_numbers.clear()
 
 # %% ../nbs/14_training.ipynb #17a59f59
@@ -376,6 +400,7 @@ class M3Trainer(Trainer):
         self.loss_weights = dict(loss_weights)
         self.loss_terms = defaultdict(list)   # name of a term to its values since the last log
         self.row_numbers = []                 # of the batches of this step
+        self.skipped_steps = 0                # since the last log, because fp16 overflowed
         if self.pop_callback(PrinterCallback): self.add_callback(PrintLog())
         self.add_callback(_RunChecks(self))
         if args.patience: self.add_callback(EarlyStoppingCallback(args.patience))
@@ -386,6 +411,7 @@ class M3Trainer(Trainer):
             logs |= {f"loss_{k}": round(torch.stack(v).mean().item(), 4)
                      for k, v in self.loss_terms.items()}
             self.loss_terms.clear()
+            if self.args.fp16: logs["skipped_steps"], self.skipped_steps = self.skipped_steps, 0
         super().log(logs, start_time)
 
 # %% ../nbs/14_training.ipynb #f31bd43d
@@ -473,8 +499,8 @@ def training_step(self: M3Trainer,
         return loss * (world / accumulated)
     if self.args.cached:
         no_sync = getattr(model, "no_sync", nullcontext)
-        loss = cached_backward(forward, chunks, loss_of, no_sync)
-    else: (loss := loss_of([forward(c) for c in chunks])).backward()
+        loss = cached_backward(forward, chunks, loss_of, no_sync, self.accelerator.backward)
+    else: self.accelerator.backward(loss := loss_of([forward(c) for c in chunks]))
     return loss.detach() / world
 
 @patch
@@ -552,11 +578,12 @@ def search_scores(
 ) -> dict[str, np.ndarray]:      # mode, or "dense@width", to (queries, passages)
     """Score a validation set in every trained mode, in the precision of training; on a GPU, MaxSim
     is in fp32, as its time is that of copying the vectors there."""
-    encoder = M3Encoder(model, max_length=args.search_length, device=args.device, dtype=args.dtype,
+    length = min(args.search_length, max_positions(model.encoder) or args.search_length)
+    encoder = M3Encoder(model, max_length=length, device=args.device, dtype=args.dtype,
                         progress=not args.disable_tqdm)
     queries = encoder.encode_queries(data.queries, outputs=args.modes)
     passages = encoder.encode_passages(data.passages, outputs=args.modes)
-    dtype = args.dtype if args.use_cpu else torch.float32
+    dtype = torch.bfloat16 if args.use_cpu and args.bf16 else torch.float32
     scores = all_scores(queries, passages, dtype=dtype, device=args.device)
     for w in widths if "dense" in args.modes else ():
         q, p = (unit_vectors(side.dense[:, :w]) for side in (queries, passages))
@@ -648,6 +675,14 @@ def plot_training(
     if evals: axes[0, 1].set(xlabel="step", ylabel=metric, title="validation")
     fig.tight_layout()
     return fig
+
+# %% ../nbs/14_training.ipynb #14b00003
+@patch
+def create_accelerator_and_postprocess(self: M3Trainer):
+    "Create the accelerator; for fp16 on a CPU, give it a gradient scaler."
+    super(M3Trainer, self).create_accelerator_and_postprocess()
+    if self.args.fp16 and self.args.device.type == "cpu":
+        self.accelerator.scaler, self.accelerator.native_amp = torch.amp.GradScaler("cpu"), True
 
 # %% ../nbs/14_training.ipynb #1f93de37
 def free_memory():
