@@ -131,14 +131,17 @@ class M3TrainingArguments(TrainingArguments):
     patience: int = 0                  # validations without gain before it stops; 0: never stops
     precision: str = "auto"            # "fp32", "bf16", "fp16"; "auto": the fastest here
     remove_unused_columns: bool = field(default=False)  # rows are not the model's inputs
+
     def __post_init__(self):
         _complete_arguments(self)
         super().__post_init__()
         _use_one_gpu(self)
-    @property
-    def dtype(self) -> torch.dtype:
-        "The precision of the encoder's products."
-        return _PRECISIONS["bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"]
+
+# %% ../nbs/14_training.ipynb #14b00008
+@patch(as_prop=True)
+def dtype(self: M3TrainingArguments) -> torch.dtype:
+    "The precision of the encoder's products."
+    return _PRECISIONS["bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"]
 
 # %% ../nbs/14_training.ipynb #14a00002
 def count_steps(
