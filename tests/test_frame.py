@@ -110,6 +110,22 @@ def test_a_chapter_is_built_like_the_others(name):
                        for line in lines), f"imports and other code in one cell of {name}:\n{c['source']}"
 
 
+def test_the_vietnamese_start_keeps_step():
+    "The same cells in the same order, the same code, outputs and headings, the same numbers and links in the prose."
+    start, other = (json.loads((REPO / "nbs" / name).read_text(encoding="utf-8"))["cells"]
+                    for name in ("start.ipynb", "95_start_vi.ipynb"))
+    assert [c["cell_type"] for c in start] == [c["cell_type"] for c in other]
+    for a, b in zip(start[2:], other[2:]):
+        if a["cell_type"] == "code":
+            assert (a["source"], a["outputs"]) == (b["source"], b["outputs"])
+            continue
+        a, b = ("".join(c["source"]).replace(",", ".") for c in (a, b))
+        assert re.findall(r"^#+", a, re.M) == re.findall(r"^#+", b, re.M)
+        skip = r"\]\((?!start|95_start_vi)\S+\)"      # each leads to the other one
+        assert [re.findall(p, a) for p in (r"\d\.\d+|@\d+|`[^`]+`", skip)] == [
+            re.findall(p, b) for p in (r"\d\.\d+|@\d+|`[^`]+`", skip)], b
+
+
 def test_no_path_of_a_machine_in_a_committed_file():
     pattern = re.compile(r"(?<![\w.…/<>-])/(?:work|tmp|root|home)/\w")
     found = [f"{f.relative_to(REPO)}:{n}: {m[0]}" for f in project_files() if f.suffix in TEXT
