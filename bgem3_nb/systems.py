@@ -158,8 +158,8 @@ def sentence_vectors(
             found = own(list(texts), normalize_embeddings=True, show_progress_bar=False, **more)
             return Embeddings(np.asarray(found, np.float32))
         return run
-    asked, searched = encode("encode_query", query_prompt), encode("encode_document", passage_prompt)
-    return Vectors(asked, searched, model)
+    return Vectors(encode("encode_query", query_prompt),
+                   encode("encode_document", passage_prompt), model)
 
 def flag_vectors(
     model: BGEM3FlagModel,   # or FlagEmbedding's own
