@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LEVEL', 'MARGIN', 'RULES', 'PALETTE', 'TEMPLATE', 'SHOWN', 'watch_memory', 'index_size', 'count_parameters',
-           'model_costs', 'join_costs', 'short_number', 'base_table', 'changed_queries', 'own_encoder', 'match_parts',
-           'explain_first', 'explain_words', 'say_why', 'Results', 'Duel', 'turn', 'duel', 'compare_costs',
-           'Recommendation', 'say_duel', 'recommend', 'choose_base', 'pick_examples', 'clean_text',
-           'runs_right_to_left', 'text_cell', 'report_fonts', 'set_pages', 'metric_meaning', 'opening_blocks',
-           'model_in_words', 'compared_blocks', 'quality_blocks', 'dots_block', 'slice_groups', 'slice_blocks',
-           'cost_blocks', 'example_blocks', 'closing_blocks', 'report_blocks', 'write_report']
+           'model_costs', 'join_costs', 'short_number', 'base_table', 'changed_queries', 'own_encoder', 'bare_word',
+           'match_parts', 'explain_first', 'explain_words', 'say_why', 'Results', 'Duel', 'turn', 'duel',
+           'compare_costs', 'Recommendation', 'say_duel', 'recommend', 'choose_base', 'pick_examples',
+           'explain_examples', 'clean_text', 'runs_right_to_left', 'text_cell', 'ExampleTable', 'report_fonts',
+           'set_pages', 'metric_meaning', 'opening_blocks', 'model_in_words', 'compared_blocks', 'quality_blocks',
+           'dots_block', 'slice_groups', 'slice_blocks', 'cost_blocks', 'example_blocks', 'closing_blocks',
+           'report_blocks', 'write_report']
 
 # %% ../nbs/45_report.ipynb #706dd870
 import json
@@ -17,6 +18,7 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event, Thread
@@ -27,7 +29,7 @@ import torch
 
 from .encoding import M3Encoder
 from .eval_sets import EvalSet
-from .evaluation import Comparison, Evaluation, word_tokens
+from .evaluation import Comparison, Evaluation, FEW_QUERIES, word_tokens
 from .experiments import verdict
 from .files import replace_file
 from .scoring import explain
@@ -174,7 +176,7 @@ def base_table(
             "best system": best, metric: f"{of[best]:.3f}",
             "dense alone": "–" if dense is None else f"{dense:.3f}",
             "parameters": short_number(c.get("parameters")), "dimensions": wide or "–",
-            "load": f"{short_number(c.get('load_seconds'))} s".replace("– s", "–"),
+            "load": "–" if c.get("load_seconds") is None else f"{c['load_seconds']:.1f} s",
             "passages/s": short_number(c.get("passages_per_second")),
             "queries/s": short_number(speed), "memory": short_number(c.get("memory_bytes"), "B"),
             "GPU": short_number(c.get("gpu_bytes"), "B"),
@@ -208,6 +210,15 @@ def own_encoder(
     if not isinstance(model, M3Encoder): model = getattr(model, "encoder", None)
     return model if isinstance(model, M3Encoder) else None
 
+def bare_word(
+    word: str,
+) -> str:
+    "Take the punctuation off the ends of a word."
+    def is_sign(c): return unicodedata.category(c)[0] in "PSZ"
+    while word and is_sign(word[0]): word = word[1:]
+    while word and is_sign(word[-1]): word = word[:-1]
+    return word
+
 def match_parts(
     encoder: M3Encoder,
     weights: dict[str, float],   # mode -> weight
@@ -229,9 +240,10 @@ def match_parts(
         partner = [e.tokens[1][j].word for j in e.dense.argmax(1)]
     found = {}
     for t, value, other in zip(tokens, part, partner):
-        if t.part != "text" or not any(c.isalnum() for c in t.word): continue
-        sum_, most, word = found.get(t.word, (0., -np.inf, ""))
-        found[t.word] = (sum_ + value, *max((most, word), (value, other)))
+        word = bare_word(t.word)
+        if t.part != "text" or not word: continue
+        sum_, most, matched = found.get(word, (0., -np.inf, ""))
+        found[word] = (sum_ + value, *max((most, matched), (value, bare_word(other))))
     best = sorted(found.items(), key=lambda x: -x[1][0])[:words]
     return {"modes": {m: float(s) for m, s in modes.items()},
             "words": [(w, other, float(s / total)) for w, (s, _, other) in best if s > 0]}
@@ -279,11 +291,13 @@ def say_why(
     query: str,
     first: str | None,    # what the system put first; None: nothing was found
     right: str,           # the right passage
+    language: str = "en", # for a search by words that has none of its own
 ) -> str:                 # "" where it cannot be known
     "Say why a system put a passage first."
     if first is None: return "No passage was found."
     other = None if first == right else right
-    if isinstance(system, BM25System): return explain_words(query, first, other, system.used)
+    if isinstance(system, BM25System):
+        return explain_words(query, first, other, system.language or language)
     encoder, weights = own_encoder(system), getattr(system, "weights", {"multi": 1.})
     if encoder is None: return ""
     parts = [t and match_parts(encoder, weights, query, t) for t in (first, other)]
@@ -397,7 +411,8 @@ def compare_costs(
     ratios = {k: a[k] / b[k] for k in _COST_WORDS if a[k] and b[k]}
     more = {k: x for k, x in ratios.items() if x > MARGIN}
     less = {k: x for k, x in ratios.items() if x < 1 / MARGIN}
-    said = [f"{x:.2g} times the {_COST_WORDS[k]}" for k, x in (more | less).items()]
+    said = [f"{x:,.0f} times the {_COST_WORDS[k]}" if x >= 10 else
+            f"{x:.2g} times the {_COST_WORDS[k]}" for k, x in (more | less).items()]
     words = " and ".join(filter(None, [", ".join(said[:-1]), *said[-1:]]))
     if not ratios: return "unknown", ""
     kind = ("both" if less else "more") if more else "less" if less else "same"
@@ -448,6 +463,8 @@ def recommend(
           for kind in ("better", "worse", "mixed", "equal")}
     for b, (kind, words) in cost.items():
         if words: said.append(f"{best} needs {words} of {b}.")
+    if (n := sum(len(next(iter(e.values()))) for e in r.evals.values())) < FEW_QUERIES:
+        said.append(f"Only {n} questions were asked: take this as a first impression.")
     def result(outcome, system, therefore):
         return Recommendation(outcome, system, [*said, f"Therefore: {therefore}"])
     if not others: return result("alone", best, f"{best} is the only system that was judged on "
@@ -503,13 +520,27 @@ def pick_examples(
                   for name, t in changed.items()]
         turns = [(name, rows[n]) for n in range(shown) for name, rows in queues if n < len(rows)]
         for name, row in turns[:shown]:
-            ranks = [None if pd.isna(row[k]) else int(row[k]) for k in ("rank", "rank_b")]
-            out.append({"set": name, "won": won, "query": row["query"], "gain": row["gain"],
+            def both(key): return [None if pd.isna(row[k]) else row[k] for k in (key, f"{key}_b")]
+            out.append({"set": name, "won": won, "query": row["query"], "gain": float(row["gain"]),
                         "right": row["relevant_text"], "relevant_ids": list(row["relevant_ids"]),
-                        "first": [row["first_text"], row["first_text_b"]],
-                        "first_id": [row["first_id"], row["first_id_b"]],
-                        "rank": ranks, "why": ["", ""]})
+                        "first": both("first_text"), "first_id": both("first_id"),
+                        "rank": [r and int(r) for r in both("rank")], "why": ["", ""]})
     return out
+
+def explain_examples(
+    examples: list[dict],        # of `pick_examples`
+    which: int,                  # which of the two systems
+    system: System,
+    sets: dict[str, EvalSet],    # for the language of a search by words
+) -> list[str]:                  # a reason for each example, "" where it is not known
+    "Say why a system put first what it did."
+    said = []
+    for e in examples:
+        names = [x for x in sets[e["set"]].labels.get("language", []) if x] or ["en"]
+        language = max(sorted(set(names)), key=names.count)
+        right = e["first"][which] if e["first_id"][which] in e["relevant_ids"] else e["right"]
+        said.append(say_why(system, e["query"], e["first"][which], right, language))
+    return said
 
 # %% ../nbs/45_report.ipynb #4680c08d
 _KEPT = "\u200c\u200d\u200e"   # joiners of Persian and Indic letters, left-to-right mark
@@ -540,6 +571,36 @@ def text_cell(
     return {"t": text, "rtl": runs_right_to_left(text), **style}
 
 # %% ../nbs/45_report.ipynb #b39943b1
+@dataclass(repr=False)
+class ExampleTable:
+    "Questions that two systems answer differently, to read on a page."
+    examples: list[dict]       # of `pick_examples`
+    names: tuple[str, str]     # of the two systems
+
+    def lines(self) -> Iterator[tuple[str, str, str]]:
+        "Yield for each line what it is, its text, and a reason or nothing."
+        for e in self.examples:
+            yield f"{e['set']}: {e['gain']:+.2f} for {self.names[0]}", e["query"], ""
+            yield "right passage", e["right"], ""
+            for name, text, rank, why in zip(self.names, e["first"], e["rank"], e["why"]):
+                place = "not found" if rank is None else f"at {rank}"
+                yield f"{name} put first (right one: {place})", text or "(nothing)", why
+
+    def __repr__(self):
+        return "\n".join(f"{what}: {clean_text(text, 90)}{f' ({why})' * bool(why)}"
+                         for what, text, why in self.lines())
+
+    def _repr_html_(self):
+        style = "text-align:start;vertical-align:top;white-space:normal"
+        def cell(text): return f'<td dir="auto" style="{style}">{text}</td>'
+        def small(why): return f"<br><small>{escape(why)}</small>" if why else ""
+        rows = [cell(escape(what)) + cell(escape(clean_text(text, 300)) + small(why))
+                for what, text, why in self.lines()]
+        columns = '<col style="width:25%"><col style="width:75%">'
+        body = "".join(f"<tr>{r}</tr>" for r in rows)
+        return f'<table style="width:100%;table-layout:fixed">{columns}{body}</table>'
+
+# %% ../nbs/45_report.ipynb #0c0a2c1a
 def report_fonts() -> tuple[list[str], list[str]]:
     "Return the families in the order in which they are tried, and the files that have them."
     from matplotlib import get_data_path
@@ -549,7 +610,7 @@ def report_fonts() -> tuple[list[str], list[str]]:
     if amiri: files.append(str(Path(amiri.origin).parent/"files"))
     return ["Libertinus Serif", *["Amiri"] * bool(amiri), "DejaVu Sans"], files
 
-# %% ../nbs/45_report.ipynb #a86e7009
+# %% ../nbs/45_report.ipynb #af3a3510
 PALETTE = ("#1f5fa8", "#d9730d", "#2f8f6b", "#a8457f", "#6b7785", "#b8a02a")
 
 _STYLE = """
@@ -584,7 +645,7 @@ _STYLE = """
 })
 """
 
-# %% ../nbs/45_report.ipynb #d9bc8e52
+# %% ../nbs/45_report.ipynb #4ee33e5c
 _TEXTS = """
 #let text-block(b) = block(below: .8em, {
   set text(8.8pt, fill: grey) if b.at("small", default: false)
@@ -613,7 +674,7 @@ _TEXTS = """
 })
 """
 
-# %% ../nbs/45_report.ipynb #d7f460f9
+# %% ../nbs/45_report.ipynb #e7e38484
 _DOTS = """
 #let dots-block(b) = {
   let (lo, hi) = b.range
@@ -645,7 +706,7 @@ _DOTS = """
 }
 """
 
-# %% ../nbs/45_report.ipynb #4ee33e5c
+# %% ../nbs/45_report.ipynb #68aa036b
 _EXAMPLES = """
 #let example-block(b) = block(breakable: false, width: 100%, above: 1.15em, below: 1.15em,
   stroke: (left: 2.6pt + color(b.winner)), inset: (left: 10pt, y: 2pt), {
@@ -667,7 +728,7 @@ _BODY = """
 """
 TEMPLATE = "".join((_STYLE, _TEXTS, _DOTS, _EXAMPLES, _BODY))   # no text of a set is ever in it
 
-# %% ../nbs/45_report.ipynb #e7e38484
+# %% ../nbs/45_report.ipynb #3b925390
 def _only_known(text):
     "Put a box in place of characters that DejaVu Sans lacks."
     from matplotlib.ft2font import FT2Font
@@ -697,7 +758,7 @@ def set_pages(
             if isinstance(e, (KeyboardInterrupt, SystemExit)): raise
             if again: raise RuntimeError(f"typst could not set the pages: {e}") from None
 
-# %% ../nbs/45_report.ipynb #246311a7
+# %% ../nbs/45_report.ipynb #8d1dd93c
 _MEANINGS = {"nDCG": "how high the right passages stand among the first {k} results: 1 if they "
                      "lead, 0 if none is there",
              "RR": "one divided by the place of the first right passage, 0 beyond place {k}",
@@ -735,7 +796,7 @@ def opening_blocks(
                 "% bootstrap intervals: another sample of questions would likely give a mean "
                 "within them.")}]
 
-# %% ../nbs/45_report.ipynb #63bf8762
+# %% ../nbs/45_report.ipynb #b430f899
 def model_in_words(
     model: str,
     costs: dict,   # of `join_costs`
@@ -774,7 +835,7 @@ def _languages(data):
     names = pd.Series(data.labels.get("language", []), dtype=object)
     return [str(x) for x in names[names != ""].value_counts().index[:4]] or ["–"]
 
-# %% ../nbs/45_report.ipynb #8d1dd93c
+# %% ../nbs/45_report.ipynb #bceaffa2
 SHOWN = 16   # systems in the main table
 
 def _interval_cell(e, metric, best):
@@ -809,7 +870,7 @@ def quality_blocks(
                              contenders[:len(PALETTE)], r.metric,
                              {n: f"{len(r.sets[n])} questions" for n in names})]
 
-# %% ../nbs/45_report.ipynb #b430f899
+# %% ../nbs/45_report.ipynb #71b305c1
 def dots_block(
     caption: str,
     groups: dict[str, dict[str, Evaluation]],   # group -> system -> evaluation
@@ -832,7 +893,7 @@ def dots_block(
     return {"kind": "dots", "caption": text_cell(caption), "groups": lines, "ticks": ticks,
             "range": [float(low), float(high)], "legend": [text_cell(s, 40) for s in systems]}
 
-# %% ../nbs/45_report.ipynb #bceaffa2
+# %% ../nbs/45_report.ipynb #3cc3a72a
 def slice_groups(
     r: Results,
     name: str,     # of a set
@@ -867,7 +928,7 @@ def slice_blocks(
         out.append(dots_block(caption, evals, contenders, r.metric, notes))
     return out
 
-# %% ../nbs/45_report.ipynb #c106711a
+# %% ../nbs/45_report.ipynb #70180ae2
 def cost_blocks(
     r: Results,
 ) -> list[dict]:
@@ -904,7 +965,7 @@ def cost_blocks(
                 "Passages/s: encoding, or counting words. Memory: at the peak, above what the "
                 "process had before the model was loaded. Index: as kept on disk.")}]
 
-# %% ../nbs/45_report.ipynb #3cc3a72a
+# %% ../nbs/45_report.ipynb #062c9b0f
 def example_blocks(
     r: Results,
     length: int = 230,   # characters of a text that are shown
@@ -931,7 +992,7 @@ def example_blocks(
                         "query": text_cell(e["query"], length), "lines": lines})
     return out
 
-# %% ../nbs/45_report.ipynb #9019c689
+# %% ../nbs/45_report.ipynb #80a12416
 def closing_blocks(
     r: Results,
 ) -> list[dict]:
