@@ -219,6 +219,7 @@ def bare_word(
     while word and is_sign(word[-1]): word = word[:-1]
     return word
 
+# %% ../nbs/45_report.ipynb #7a4e9f97
 def match_parts(
     encoder: M3Encoder,
     weights: dict[str, float],   # mode -> weight
@@ -248,7 +249,7 @@ def match_parts(
     return {"modes": {m: float(s) for m, s in modes.items()},
             "words": [(w, other, float(s / total)) for w, (s, _, other) in best if s > 0]}
 
-# %% ../nbs/45_report.ipynb #7a4e9f97
+# %% ../nbs/45_report.ipynb #e14c0902
 def _match_words(found):
     "List the words of `match_parts`."
     def pair(w, other): return w if w.casefold() == other.casefold() else f"{w}‎ → {other}"
@@ -270,7 +271,7 @@ def explain_first(
     lead = f"Ahead of the right passage by {sum(apart.values()):.3f}"
     return "; ".join(said) + f". {lead}{f' ({more})' if len(apart) > 1 else ''}."
 
-# %% ../nbs/45_report.ipynb #e14c0902
+# %% ../nbs/45_report.ipynb #8b817b1e
 def explain_words(
     query: str,
     first: str,            # what came first
@@ -303,7 +304,7 @@ def say_why(
     parts = [t and match_parts(encoder, weights, query, t) for t in (first, other)]
     return explain_first(*parts)
 
-# %% ../nbs/45_report.ipynb #0fdb4880
+# %% ../nbs/45_report.ipynb #da2bb8f8
 LEVEL, MARGIN = .05, 1.25   # of significance; a cost differs from this factor on
 RULES = (
     "Of each model, the system with the highest mean over all sets takes part; if there is one "
@@ -319,7 +320,7 @@ RULES = (
     "that costs less, that one is recommended instead.",
 )
 
-# %% ../nbs/45_report.ipynb #da2bb8f8
+# %% ../nbs/45_report.ipynb #f3e09f92
 @dataclass
 class Results:
     "What a comparison of systems found."
@@ -362,7 +363,7 @@ class Results:
         return {"question": inverse(own.get("queries_per_second")),
                 "passage": inverse(c.get("passages_per_second")), "bytes": own.get("bytes")}
 
-# %% ../nbs/45_report.ipynb #f3e09f92
+# %% ../nbs/45_report.ipynb #53522807
 @dataclass
 class Duel:
     "Where one of two systems is better: set, difference of a from b, adjusted p."
@@ -399,7 +400,7 @@ def duel(
         getattr(out, kind).append((name, c, p))
     return out
 
-# %% ../nbs/45_report.ipynb #53522807
+# %% ../nbs/45_report.ipynb #54c75d84
 _COST_WORDS = {"question": "time of a question", "passage": "time to take in a passage",
                "bytes": "bytes per passage"}
 
@@ -418,7 +419,7 @@ def compare_costs(
     kind = ("both" if less else "more") if more else "less" if less else "same"
     return kind, words
 
-# %% ../nbs/45_report.ipynb #54c75d84
+# %% ../nbs/45_report.ipynb #0c399633
 @dataclass
 class Recommendation:
     "What follows from the rules."
@@ -450,23 +451,28 @@ def say_duel(
         d.b, d.a, [(name, turn(c), p) for name, c, p in d.worse])
     return f"{x} is better than {y} on {len(found)} of {sets} ({_on_sets(found)}), worse on none."
 
-# %% ../nbs/45_report.ipynb #927dfed8
+# %% ../nbs/45_report.ipynb #b0b1f805
+def _findings(r, duels, cost):
+    "What tests and costs show, in sentences."
+    said = [say_duel(d) for d in duels]
+    said += [f"{d.a} needs {cost[d.b][1]} of {d.b}." for d in duels if cost[d.b][1]]
+    if (n := sum(len(next(iter(of.values()))) for of in r.evals.values())) < FEW_QUERIES:
+        said.append(f"Only {n} questions were asked: take this as a first impression.")
+    return said
+
+# %% ../nbs/45_report.ipynb #8788ea14
 def recommend(
     r: Results,
 ) -> Recommendation:
     "Recommend a system by `RULES`."
     best, *others = r.contenders()
     duels = [duel(best, b, r.tests) for b in others]
-    said, cost = [say_duel(d) for d in duels], {b: compare_costs(r.cost(best), r.cost(b))
-                                                for b in others}
+    cost = {b: compare_costs(r.cost(best), r.cost(b)) for b in others}
     of = {kind: [d.b for d in duels if d.outcome == kind]
           for kind in ("better", "worse", "mixed", "equal")}
-    for b, (kind, words) in cost.items():
-        if words: said.append(f"{best} needs {words} of {b}.")
-    if (n := sum(len(next(iter(e.values()))) for e in r.evals.values())) < FEW_QUERIES:
-        said.append(f"Only {n} questions were asked: take this as a first impression.")
     def result(outcome, system, therefore):
-        return Recommendation(outcome, system, [*said, f"Therefore: {therefore}"])
+        said = [*_findings(r, duels, cost), f"Therefore: {therefore}"]
+        return Recommendation(outcome, system, said)
     if not others: return result("alone", best, f"{best} is the only system that was judged on "
                                  "all sets; there is nothing to compare it with.")
     if other := of["mixed"] + of["worse"]:
@@ -487,7 +493,7 @@ def recommend(
                            f"if not, {dear[0]}.")
     return result("better", best, f"{best}. It is better than all others, and no other costs less.")
 
-# %% ../nbs/45_report.ipynb #45b85d63
+# %% ../nbs/45_report.ipynb #ef13c2a4
 def choose_base(
     r: Results,
 ) -> str:   # "" where fewer than two models can be trained
@@ -508,7 +514,7 @@ def choose_base(
     return (f"Fine-tune {base}: with {short_number(size(chosen))} parameters instead of "
             f"{short_number(size(best))} it is not shown to be behind {top}.")
 
-# %% ../nbs/45_report.ipynb #ef13c2a4
+# %% ../nbs/45_report.ipynb #4680c08d
 def pick_examples(
     changed: dict[str, pd.DataFrame],   # set -> of `changed_queries`
     shown: int = 3,                     # of those that were won, and of those that were lost
@@ -542,7 +548,7 @@ def explain_examples(
         said.append(say_why(system, e["query"], e["first"][which], right, language))
     return said
 
-# %% ../nbs/45_report.ipynb #4680c08d
+# %% ../nbs/45_report.ipynb #b39943b1
 _KEPT = "\u200c\u200d\u200e"   # joiners of Persian and Indic letters, left-to-right mark
 
 def clean_text(
@@ -570,7 +576,7 @@ def text_cell(
     text = clean_text(text, length)
     return {"t": text, "rtl": runs_right_to_left(text), **style}
 
-# %% ../nbs/45_report.ipynb #b39943b1
+# %% ../nbs/45_report.ipynb #0c0a2c1a
 @dataclass(repr=False)
 class ExampleTable:
     "Questions that two systems answer differently, to read on a page."
@@ -600,7 +606,7 @@ class ExampleTable:
         body = "".join(f"<tr>{r}</tr>" for r in rows)
         return f'<table style="width:100%;table-layout:fixed">{columns}{body}</table>'
 
-# %% ../nbs/45_report.ipynb #0c0a2c1a
+# %% ../nbs/45_report.ipynb #d7f460f9
 def report_fonts() -> tuple[list[str], list[str]]:
     "Return the families in the order in which they are tried, and the files that have them."
     from matplotlib import get_data_path
@@ -610,7 +616,7 @@ def report_fonts() -> tuple[list[str], list[str]]:
     if amiri: files.append(str(Path(amiri.origin).parent/"files"))
     return ["Libertinus Serif", *["Amiri"] * bool(amiri), "DejaVu Sans"], files
 
-# %% ../nbs/45_report.ipynb #af3a3510
+# %% ../nbs/45_report.ipynb #9eb1d8dd
 PALETTE = ("#1f5fa8", "#d9730d", "#2f8f6b", "#a8457f", "#6b7785", "#b8a02a")
 
 _STYLE = """
@@ -645,7 +651,7 @@ _STYLE = """
 })
 """
 
-# %% ../nbs/45_report.ipynb #4ee33e5c
+# %% ../nbs/45_report.ipynb #68aa036b
 _TEXTS = """
 #let text-block(b) = block(below: .8em, {
   set text(8.8pt, fill: grey) if b.at("small", default: false)
@@ -674,7 +680,7 @@ _TEXTS = """
 })
 """
 
-# %% ../nbs/45_report.ipynb #e7e38484
+# %% ../nbs/45_report.ipynb #3b925390
 _DOTS = """
 #let dots-block(b) = {
   let (lo, hi) = b.range
@@ -706,7 +712,7 @@ _DOTS = """
 }
 """
 
-# %% ../nbs/45_report.ipynb #68aa036b
+# %% ../nbs/45_report.ipynb #528c60d3
 _EXAMPLES = """
 #let example-block(b) = block(breakable: false, width: 100%, above: 1.15em, below: 1.15em,
   stroke: (left: 2.6pt + color(b.winner)), inset: (left: 10pt, y: 2pt), {
@@ -728,7 +734,7 @@ _BODY = """
 """
 TEMPLATE = "".join((_STYLE, _TEXTS, _DOTS, _EXAMPLES, _BODY))   # no text of a set is ever in it
 
-# %% ../nbs/45_report.ipynb #3b925390
+# %% ../nbs/45_report.ipynb #63bf8762
 def _only_known(text):
     "Put a box in place of characters that DejaVu Sans lacks."
     from matplotlib.ft2font import FT2Font
@@ -758,7 +764,7 @@ def set_pages(
             if isinstance(e, (KeyboardInterrupt, SystemExit)): raise
             if again: raise RuntimeError(f"typst could not set the pages: {e}") from None
 
-# %% ../nbs/45_report.ipynb #8d1dd93c
+# %% ../nbs/45_report.ipynb #bceaffa2
 _MEANINGS = {"nDCG": "how high the right passages stand among the first {k} results: 1 if they "
                      "lead, 0 if none is there",
              "RR": "one divided by the place of the first right passage, 0 beyond place {k}",
@@ -796,7 +802,7 @@ def opening_blocks(
                 "% bootstrap intervals: another sample of questions would likely give a mean "
                 "within them.")}]
 
-# %% ../nbs/45_report.ipynb #b430f899
+# %% ../nbs/45_report.ipynb #71b305c1
 def model_in_words(
     model: str,
     costs: dict,   # of `join_costs`
@@ -835,7 +841,7 @@ def _languages(data):
     names = pd.Series(data.labels.get("language", []), dtype=object)
     return [str(x) for x in names[names != ""].value_counts().index[:4]] or ["–"]
 
-# %% ../nbs/45_report.ipynb #bceaffa2
+# %% ../nbs/45_report.ipynb #3cc3a72a
 SHOWN = 16   # systems in the main table
 
 def _interval_cell(e, metric, best):
@@ -870,7 +876,7 @@ def quality_blocks(
                              contenders[:len(PALETTE)], r.metric,
                              {n: f"{len(r.sets[n])} questions" for n in names})]
 
-# %% ../nbs/45_report.ipynb #71b305c1
+# %% ../nbs/45_report.ipynb #9019c689
 def dots_block(
     caption: str,
     groups: dict[str, dict[str, Evaluation]],   # group -> system -> evaluation
@@ -893,7 +899,7 @@ def dots_block(
     return {"kind": "dots", "caption": text_cell(caption), "groups": lines, "ticks": ticks,
             "range": [float(low), float(high)], "legend": [text_cell(s, 40) for s in systems]}
 
-# %% ../nbs/45_report.ipynb #3cc3a72a
+# %% ../nbs/45_report.ipynb #062c9b0f
 def slice_groups(
     r: Results,
     name: str,     # of a set
@@ -928,7 +934,7 @@ def slice_blocks(
         out.append(dots_block(caption, evals, contenders, r.metric, notes))
     return out
 
-# %% ../nbs/45_report.ipynb #70180ae2
+# %% ../nbs/45_report.ipynb #eda22503
 def cost_blocks(
     r: Results,
 ) -> list[dict]:
@@ -965,7 +971,7 @@ def cost_blocks(
                 "Passages/s: encoding, or counting words. Memory: at the peak, above what the "
                 "process had before the model was loaded. Index: as kept on disk.")}]
 
-# %% ../nbs/45_report.ipynb #062c9b0f
+# %% ../nbs/45_report.ipynb #a24c9d4b
 def example_blocks(
     r: Results,
     length: int = 230,   # characters of a text that are shown
@@ -992,7 +998,7 @@ def example_blocks(
                         "query": text_cell(e["query"], length), "lines": lines})
     return out
 
-# %% ../nbs/45_report.ipynb #80a12416
+# %% ../nbs/45_report.ipynb #e45fd2a4
 def closing_blocks(
     r: Results,
 ) -> list[dict]:

@@ -18,8 +18,9 @@ from bgem3_nb.experiments import paired_tests
 VIETNAMESE = "Người lao động đơn phương chấm dứt hợp đồng phải báo trước bao nhiêu ngày?"
 PLAIN = "كتب عليكم الصيام كما كتب على الذين من قبلكم"
 ARABIC = "إِنَّمَا الْأَعْمَالُ بِالنِّيَّاتِ وَإِنَّمَا لِكُلِّ امْرِئٍ مَا نَوَى"
-HOSTILE = ['#panic("x")', '"); #eval("1+1")', "*bold* _it_ $x^2$ `raw` @ref <label>", "]]} // /* \\ #import \"a.typ\": *",
-           "= heading\n+ list\n#set page(width: 1cm)", '{"t": "x"}, \u2028\u2029 \\u0000 \x00\x1b\ud800\ufffe']
+HOSTILE = ['#panic("x")', '"); #eval("1+1")', "*bold* _it_ $x^2$ `raw` @ref <label>",
+           "]]} // /* \\ #import \"a.typ\": *", "= heading\n+ list\n#set page(width: 1cm)",
+           '{"t": "x"}, \u2028\u2029 \\u0000 \x00\x1b\ud800\ufffe']
 
 
 def pdf_texts(pdf):
