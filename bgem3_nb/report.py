@@ -268,7 +268,8 @@ def explain_first(
     if right is None: return "; ".join(said) + "."
     apart = {m: s - right["modes"][m] for m, s in modes.items()}
     more = ", ".join(f"{m} {d:+.3f}" for m, d in apart.items())
-    lead = f"Ahead of the right passage by {sum(apart.values()):.3f}"
+    by = sum(apart.values())
+    lead = f"{'Behind' if by < 0 else 'Ahead of'} the right passage by {abs(by):.3f}"
     return "; ".join(said) + f". {lead}{f' ({more})' if len(apart) > 1 else ''}."
 
 # %% ../nbs/45_report.ipynb #8b817b1e
@@ -517,7 +518,7 @@ def choose_base(
 # %% ../nbs/45_report.ipynb #4680c08d
 def pick_examples(
     changed: dict[str, pd.DataFrame],   # set -> of `changed_queries`
-    shown: int = 3,                     # of those that were won, and of those that were lost
+    shown: int = 4,                     # of those that were won, and of those that were lost
 ) -> list[dict]:   # "set", "won", "query", "right", "gain", "first" and "rank" of both
     "Take the questions that changed most, from all sets in turn."
     out = []
@@ -588,9 +589,11 @@ class ExampleTable:
         for e in self.examples:
             yield f"{e['set']}: {e['gain']:+.2f} for {self.names[0]}", e["query"], ""
             yield "right passage", e["right"], ""
-            for name, text, rank, why in zip(self.names, e["first"], e["rank"], e["why"]):
+            for n, name in enumerate(self.names):
+                rank, right = e["rank"][n], e["first_id"][n] in e["relevant_ids"]
                 place = "not found" if rank is None else f"at {rank}"
-                yield f"{name} put first (right one: {place})", text or "(nothing)", why
+                text = "a right passage" if right else e["first"][n] or "(nothing)"
+                yield f"{name} put first (right one: {place})", text, e["why"][n]
 
     def __repr__(self):
         return "\n".join(f"{what}: {clean_text(text, 90)}{f' ({why})' * bool(why)}"
