@@ -78,7 +78,7 @@ def relevant_ranks(
     return ranks
 
 # %% ../nbs/40_evaluation.ipynb #3112fc50
-METRICS = ("nDCG@10", "RR@10", "R@1", "R@5", "R@10", "R@100")
+METRICS = ("nDCG@10", "RR@10", "R@1", "R@5", "R@10", "R@50", "R@100", "AP@100")
 
 # %% ../nbs/40_evaluation.ipynb #6fc11c23
 @dataclass(repr=False)

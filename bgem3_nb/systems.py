@@ -61,7 +61,9 @@ class Vectors:
     def __init__(self,
         encode_queries: Callable,    # texts -> `Embeddings`
         encode_passages: Callable,   # texts -> `Embeddings`, or a store
+        model=None,                  # what computes them; None: it is elsewhere
     ):
+        self.model = model
         self.encode, self.last, self.seconds = (encode_queries, encode_passages), {}, {}
 
     def of(self,
@@ -87,7 +89,8 @@ def model_vectors(
         if folder is None: return encoder.encode_passages(texts, outputs=outputs)
         mark = blake2b(json.dumps(texts).encode(), digest_size=8).hexdigest()
         return encode_corpus(encoder, texts, Path(folder)/mark, outputs=outputs, progress=progress)
-    return Vectors(lambda texts: encoder.encode_queries(texts, outputs=outputs), passages)
+    def queries(texts): return encoder.encode_queries(texts, outputs=outputs)
+    return Vectors(queries, passages, encoder)
 
 # %% ../nbs/44_systems.ipynb #b8b31da4
 class EmbeddingSystem:
@@ -155,7 +158,8 @@ def sentence_vectors(
             found = own(list(texts), normalize_embeddings=True, show_progress_bar=False, **more)
             return Embeddings(np.asarray(found, np.float32))
         return run
-    return Vectors(encode("encode_query", query_prompt), encode("encode_document", passage_prompt))
+    return Vectors(encode("encode_query", query_prompt),
+                   encode("encode_document", passage_prompt), model)
 
 def flag_vectors(
     model: BGEM3FlagModel,   # or FlagEmbedding's own
@@ -166,7 +170,7 @@ def flag_vectors(
         def run(texts):
             return Embeddings.from_dict(method(list(texts), **asked), len(model.tokenizer))
         return run
-    return Vectors(encode(model.encode_queries), encode(model.encode_corpus))
+    return Vectors(encode(model.encode_queries), encode(model.encode_corpus), model)
 
 # %% ../nbs/44_systems.ipynb #93b6291b
 class BM25System:

@@ -1,11 +1,13 @@
 """The job `evaluate`: what fails beside what does not, requirements and the exit code, results taken over, and models
 of others."""
 import json
+import os
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import REPO
+from pypdfium2 import PdfDocument
 
 from bgem3_nb.eval_sets import eval_set, sample_set
 from bgem3_nb.systems import judge, open_systems
@@ -16,7 +18,7 @@ LAW = "data/law_mini.jsonl"
 def read(path): return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_failures_requirements_and_results_that_are_taken_over(launch, tmp_path):
+def test_failures_requirements_and_results_that_are_taken_over(launch, tmp_path, env):
     "One model and one set cannot be opened, two requirements are not met: all else is there, and the exit code is 1."
     config = {"models": ["bm25", "no/such/model"], "sets": [{"data": LAW, "name": "law"}, "no/such/rows.jsonl"],
               "modes": ["dense"], "max_rows": 40, "slices": ["domain"],
@@ -34,20 +36,32 @@ def test_failures_requirements_and_results_that_are_taken_over(launch, tmp_path)
     assert list(metrics["evaluations"]) == ["law"] and list(metrics["evaluations"]["law"]) == ["BM25"]
     assert list(metrics["slices"]) == ["law/domain"]
     means = read(tmp_path / "run" / "performance_metrics.json")["BM25"]
-    assert means["law"] == means["mean"]
+    assert means["law"] == means["mean"] and means["mean"]["AP@100"] > 0 < means["mean"]["R@50"]
+    costs = read(tmp_path / "run" / "performance_metrics.json")["models"]["BM25"]
+    assert costs["nDCG@10"] == {"BM25": pytest.approx(means["mean"]["nDCG@10"])} and costs["parameters"] is None
+    assert costs["bytes"]["words"] == costs["systems"]["BM25"]["bytes"] > 0 < costs["passages_per_second"]
+    assert metrics["recommendation"]["outcome"] == "alone"
+    pages = [page.get_textpage().get_text_range() for page in PdfDocument(tmp_path / "run" / "comparison_report.pdf")]
+    assert "Recommendation".upper() in pages[0] and "set no/such/rows.jsonl" in pages[-1]
     kept = pd.read_parquet(tmp_path / "run" / "per_query.parquet")
     assert len(kept) == 40 and kept["RR@10"].mean() == pytest.approx(means["law"]["RR@10"])
     parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "parts").glob("bm25*.json")}
     assert len(parts) == 1
 
+    (tmp_path / "without").mkdir()
+    (tmp_path / "without" / "typst.py").write_text("raise ImportError")
     run_file = str((tmp_path / "run" / "runs" / "law.BM25.trec").rename(tmp_path / "engine.trec"))
     done = launch("evaluate", "-f", "mine.json", "--out", "run", "--force", "-p", "models", f"[bm25, '{run_file}']",
-                  "-p", "sets", f"[{{data: {LAW}, name: law}}]", "-p", "require", "{engine.R@100: 1}")
+                  "-p", "sets", f"[{{data: {LAW}, name: law}}]", "-p", "require", "{engine.R@100: 1}",
+                  PYTHONPATH=os.pathsep.join([str(tmp_path / "without"), env["PYTHONPATH"]]))
     assert done.returncode == 0, done.stderr
+    assert "There is no comparison_report.pdf: the report needs the package typst" in done.stdout
+    assert not (tmp_path / "run" / "comparison_report.pdf").exists()
     assert {p: p.stat().st_mtime_ns for p in parts} == parts
     found = read(tmp_path / "run" / "metrics.json")
     assert not found["failures"] and found["evaluations"]["law"]["engine"] == found["evaluations"]["law"]["BM25"]
     assert [(t["a"], t["b"], t["difference"], t["p_holm"]) for t in found["tests"]] == [("BM25", "engine", 0, 1)]
+    assert found["recommendation"]["outcome"] == "equal" and not found["examples"]
 
 
 @pytest.mark.parametrize("words, wanted", [
