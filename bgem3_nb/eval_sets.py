@@ -294,6 +294,7 @@ def _add_beir(
     c = _load_collection(builder, folder, format="beir", split=split)
     _add_collection(builder, c, labels)
 
+# %% ../nbs/43_eval_sets.ipynb #43e0d002
 def _add_trec(
     builder: SetBuilder,
     qrels: str | Path,     # .tsv or .txt, with a header or without

@@ -185,6 +185,7 @@ def test_models_of_every_kind_in_one_job(server, launch, tmp_path):
     cross_encoder(tmp_path/"cross")
     theirs = {"model": "tiny", "kind": "FlagEmbedding", "name": "theirs", "pooling_method": "mean", "use_fp16": False,
               "devices": "cpu", "query_max_length": 64, "passage_max_length": 64}
+    plain = {"model": "static", "name": "plain", "query_prompt": "", "passage_prompt": ""}
     hosted = {"model": "hosted", "base_url": server.url, "retries": 0, "batch": 16, "concurrency": 1}
     config = {"models": ["static", {"model": "static", "name": "plain", "query_prompt": "", "passage_prompt": ""},
                          {"model": "tiny", "name": "ours"}, theirs, hosted, "no/such/model"],
