@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from .rows import language_code
 from .systems import open_systems, System
 
-# %% ../nbs/46_mteb_search.ipynb #46a00008
+# %% ../nbs/46_mteb_search.ipynb #46a00009
 def document_texts(
     corpus,        # a data set with `id`, `text` and perhaps `title`
 ) -> list[str]:
@@ -32,7 +32,7 @@ def query_texts(
     asked = queries["instruction"] if known else [None] * len(texts)
     return [f"{text} {how}" if how else text for text, how in zip(texts, asked)]
 
-# %% ../nbs/46_mteb_search.ipynb #46a0000a
+# %% ../nbs/46_mteb_search.ipynb #46a0000b
 class MTEBSearch:
     "A system behind mteb's `SearchProtocol`."
     def __init__(self,
@@ -67,7 +67,7 @@ class MTEBSearch:
         return {id: {ids[p]: float(s) for p, s in zip(passages, scores) if p >= 0}
                 for id, passages, scores in zip(asked.query_ids, found.passages, found.scores)}
 
-# %% ../nbs/46_mteb_search.ipynb #46a0000b
+# %% ../nbs/46_mteb_search.ipynb #46a0000c
 @patch
 def score_ranked(self:MTEBSearch,
     asked,                            # with `queries` and `query_ids`
