@@ -180,9 +180,9 @@ def finish(self:SetBuilder,
         kept[id] = (text, grades, labels, hard)
         left_out.append(place if leave_out_self else -1)
     if not kept:
-        said = "; ".join(f"{len(where)} {what}" for what, where in self.amiss.items())
+        said = "; ".join(f"{len(where)} {what} ({where[0]})" for what, where in self.amiss.items())
         raise ValueError(f"the set {self.name!r} has no query with a relevant passage"
-                         f"{f' ({said})' if said else ''}; there is nothing to judge by")
+                         f"{f', but {said}' if said else ''}; there is nothing to judge by")
     texts, grades, labels, hard = map(list, zip(*kept.values()))
     columns = {n: [str(of.get(n) or "") for of in labels] for n in LABEL_NAMES}
     return EvalSet(self.name, list(kept), texts, self.found.ids, self.found.texts, grades,
@@ -294,6 +294,7 @@ def _add_beir(
     c = _load_collection(builder, folder, format="beir", split=split)
     _add_collection(builder, c, labels)
 
+# %% ../nbs/43_eval_sets.ipynb #43e0d002
 def _add_trec(
     builder: SetBuilder,
     qrels: str | Path,     # .tsv or .txt, with a header or without
@@ -308,7 +309,10 @@ def _add_trec(
         for name, file in files.items():
             path = existing_file(file, (".jsonl", ".tsv", ".txt")).resolve()
             Path(folder, name).symlink_to(path)
-        _add_beir(builder, folder)
+        try: _add_beir(builder, folder)
+        except RowError as e:      # say it of the file that was given
+            known = {str(Path(folder, name)): file for name, file in files.items()}
+            raise RowError(e.what, known.get(e.file, e.file), e.line, e.field) from None
 
 # %% ../nbs/43_eval_sets.ipynb #0c3da1e9
 def corpus_texts(

@@ -347,7 +347,8 @@ def _search(q, corpus, k, centre, dtype, largest, guess):
     return *best_of_pairs(row, col, _exact(q, corpus, row, col), len(q), k), failed
 
 # %% ../nbs/30_exact_search.ipynb #d7509def
-_SAMPLE = 4096   # passages on which the thresholds are guessed
+_SAMPLE = 4096   # least number of passages on which the thresholds are guessed
+_EVERY = 64      # of a large corpus, every so many passages are in the sample
 
 def top_dense(
     queries: Embeddings,
@@ -360,7 +361,8 @@ def top_dense(
     check_not_empty(corpus)
     _, k = check_search(queries, corpus, k, {"dense": 1.})
     n, m, dtype = len(queries), len(corpus), dtype or pick_dtype(torch.device("cpu"))[0]
-    sample = torch.from_numpy(dense_vectors(corpus, slice(None, None, max(1, m // _SAMPLE))))
+    every = max(1, min(m // _SAMPLE, _EVERY))
+    sample = torch.from_numpy(dense_vectors(corpus, slice(None, None, every)))
     centre, low = sample.mean(0), (sample - sample.mean(0)).to(dtype)
     largest, again = _largest(corpus, centre, dtype), [np.zeros(0, np.int64)]
     scores, passages = np.empty((n, k), np.float32), np.empty((n, k), np.int64)

@@ -6,8 +6,9 @@
 __all__ = ['PASSAGE_FIELDS', 'QUERY_TYPES', 'PROMPTS', 'SECRET_NAME', 'LOGIN_IN_URL', 'KEY_FORM', 'PAIR', 'ENDPOINTS',
            'ANSWER_FORMATS', 'COUNTED', 'TEMPLATES', 'THEME_JOINERS', 'THEMES', 'NUMBERING', 'NO_QUOTES',
            'read_passages', 'row_passages', 'build_messages', 'EndpointError', 'BrokenAnswer', 'Answer', 'read_answer',
-           'refuse_keys', 'Endpoint', 'rough_tokens', 'most_tokens', 'Budget', 'AnswerCache', 'Asker', 'answer_cost',
-           'Generated', 'generate_queries', 'RoundTrip', 'round_trip', 'encoder_scores', 'rule_queries']
+           'refuse_keys', 'Endpoint', 'priced', 'answer_key', 'as_count', 'rough_tokens', 'most_tokens', 'Budget',
+           'AnswerCache', 'Stopped', 'Caller', 'Asker', 'answer_cost', 'ask_all', 'Generated', 'generate_queries',
+           'RoundTrip', 'round_trip', 'encoder_scores', 'rule_queries']
 
 # %% ../nbs/26_queries.ipynb #63547d3a
 import hashlib
@@ -22,8 +23,8 @@ import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from math import ceil
 from pathlib import Path
@@ -379,7 +380,7 @@ class Endpoint:
     def __post_init__(self):
         refuse_keys(asdict(self))
         if fixed := sorted({"model", "messages", "max_tokens", "max_completion_tokens", "n",
-                            "stream"} & set(self.extra)):
+                            "stream", "input", "query", "documents", "top_n"} & set(self.extra)):
             raise ValueError(f"extra may not set {fixed[0]}, which decides what a call costs or "
                              f"how it is read")
         if self.answer_format not in ANSWER_FORMATS:
@@ -401,6 +402,12 @@ class Endpoint:
 def cost(self:Endpoint, tokens_in: int, tokens_out: int) -> float:
     return (tokens_in * self.price_in + tokens_out * self.price_out) / 1e6
 
+def priced(
+    endpoint: Endpoint,   # of embeddings or of reranking, which answers no tokens
+) -> Endpoint:
+    "Let a token cost 1 where no price is given, so that a budget counts tokens."
+    return endpoint if endpoint.price_in else replace(endpoint, price_in=1e6)
+
 # %% ../nbs/26_queries.ipynb #75444473
 def _body(endpoint, messages, types):
     "The call as the endpoint receives it, which is also what the cache knows it by."
@@ -413,7 +420,11 @@ def _body(endpoint, messages, types):
             "temperature": endpoint.temperature, "response_format": form[endpoint.answer_format]}
     return {name: value for name, value in body.items() if value is not None} | endpoint.extra
 
-def _key(endpoint, body):
+def answer_key(
+    endpoint: Endpoint,
+    body: dict,   # of a call
+) -> str:
+    "Return the name of an answer in the cache: a hash of all that is sent."
     return hashlib.sha256(json.dumps([endpoint.url, body], sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/26_queries.ipynb #99be67d0
@@ -434,8 +445,10 @@ def _client(endpoint):
                   timeout=endpoint.timeout, max_retries=0)
 
 # %% ../nbs/26_queries.ipynb #def6f2e4
-def _number(value):
-    "A count or a cost as an endpoint gives it; None where it gives none, or one that cannot be."
+def as_count(
+    value,   # a count or a cost as an endpoint gives it
+) -> float | None:
+    "Return a number that is at least 0, None where the value is no such number."
     return value if isinstance(value, (int, float)) and 0 <= value < float("inf") else None
 
 def _read_reply(reply, most):
@@ -446,9 +459,9 @@ def _read_reply(reply, most):
         choice, usage = data["choices"][0], data.get("usage") or {}
         text, finish = choice["message"].get("content"), choice.get("finish_reason") or "stop"
         if choice["message"].get("refusal"): finish = "refusal"
-        counted = (_number(usage.get("prompt_tokens")), _number(usage.get("completion_tokens")))
+        counted = (as_count(usage.get("prompt_tokens")), as_count(usage.get("completion_tokens")))
         return Answer(text or "", finish, *(int(n or m) for n, m in zip(counted, most)),
-                      _number(usage.get("cost")))
+                      as_count(usage.get("cost")))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         raise BrokenAnswer(f"the reply is no chat completion: {reply[:120]!r}") from None
 
@@ -531,42 +544,67 @@ class AnswerCache:
                                    "WHERE key = ? ORDER BY number", (key,))
             return [Answer(*row) for row in rows]
 
-    def put(self, key: str, answer: Answer, model: str = ""):
-        "Keeps an answer; it is on the disk when this returns."
-        with self.lock:
-            self.db.execute("INSERT INTO answers SELECT ?, COUNT(*), ?, ?, ?, ?, ?, ? FROM answers "
-                            "WHERE key = ?",
-                            (key, answer.text, answer.finish, answer.tokens_in, answer.tokens_out,
-                             answer.cost, model, key))
-
     def close(self): self.db.close()
+
+# %% ../nbs/26_queries.ipynb #0dd33c49
+@patch
+@contextmanager
+def writing(self:AnswerCache):
+    "Write all of what follows, or nothing; it is on the disk when this ends."
+    with self.lock:
+        self.db.execute("BEGIN IMMEDIATE")
+        try: yield self.db
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+
+@patch
+def put(self:AnswerCache, key: str, answer: Answer, model: str = ""):
+    "Keep an answer."
+    self.put_all({key: answer}, model)
+
+@patch
+def put_all(self:AnswerCache,
+    answers: dict[str, Answer],   # by key
+    model: str = "",
+):
+    "Keep the answers of one call."
+    rows = [(key, a.text, a.finish, a.tokens_in, a.tokens_out, a.cost, model, key)
+            for key, a in answers.items()]
+    with self.writing() as db:
+        db.executemany("INSERT INTO answers SELECT ?, COUNT(*), ?, ?, ?, ?, ?, ? FROM answers "
+                       "WHERE key = ?", rows)
 
 # %% ../nbs/26_queries.ipynb #7f5c1c38
 @patch
-def hold(self:AnswerCache, key: str, tokens_in: int, tokens_out: int) -> int:   # for `release`
-    "Notes a call that is about to be made, with the most tokens it can take."
-    with self.lock:
-        return self.db.execute("INSERT INTO held (key, tokens_in, tokens_out) VALUES (?, ?, ?)",
-                               (key, tokens_in, tokens_out)).lastrowid
+def hold(self:AnswerCache,
+    shares: dict[str, tuple[int, int]],   # key -> the most tokens, sent and answered
+) -> list[int]:                           # for `release`
+    "Note a call that is about to be made, with the most that it can take."
+    with self.writing() as db:
+        return [db.execute("INSERT INTO held (key, tokens_in, tokens_out) VALUES (?, ?, ?)",
+                           (key, *tokens)).lastrowid for key, tokens in shares.items()]
 
 @patch
-def release(self:AnswerCache, held: int):
-    "Crosses out a call whose cost is known."
-    with self.lock: self.db.execute("DELETE FROM held WHERE id = ?", (held,))
+def release(self:AnswerCache, held: list[int]):
+    "Cross out a call whose cost is known."
+    with self.writing() as db:
+        db.executemany("DELETE FROM held WHERE id = ?", [(n,) for n in held])
 
 @patch
 def unsettled(self:AnswerCache, key: str) -> list[tuple[int, int]]:   # (tokens_in, tokens_out)
-    "The calls that were made, as far as is known, and whose cost is not."
+    "Return the calls that were made, as far as is known, and whose cost is not."
     with self.lock:
         return self.db.execute("SELECT tokens_in, tokens_out FROM held WHERE key = ?",
                                (key,)).fetchall()
 
 # %% ../nbs/26_queries.ipynb #6dcf1b05
-class _Stopped(Exception):
+class Stopped(Exception):
     "The whole run has to stop; the passage at hand was not reached."
 
 def _reason(e, endpoint, times):
-    """One sentence for an error of the client after so many calls; `_Stopped` if no passage
+    """One sentence for an error of the client after so many calls; `Stopped` if no passage
     could do better."""
     from openai import APIConnectionError, APITimeoutError
     often = f" ({times} times)" if times > 1 else ""
@@ -582,8 +620,8 @@ def _reason(e, endpoint, times):
     text = f"status {e.status_code} from {endpoint.url}{often}{asks}: {said}"
     final = {401: "the key was refused; set key_env to the environment variable that holds it",
              402: "there is no credit", 404: f"there is no such URL or no model {endpoint.model!r}"}
-    if e.status_code in final: raise _Stopped(f"{final[e.status_code]} ({text})")
-    if code == "insufficient_quota": raise _Stopped(f"the quota is used up ({text})")
+    if e.status_code in final: raise Stopped(f"{final[e.status_code]} ({text})")
+    if code == "insufficient_quota": raise Stopped(f"the quota is used up ({text})")
     return text
 
 # %% ../nbs/26_queries.ipynb #f0c1d2e3
@@ -608,8 +646,43 @@ def _unbilled(e):
     return type(e.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
 
 # %% ../nbs/26_queries.ipynb #d03ed1be
-class Asker:
-    "Asks an endpoint about passages; every answer goes into the cache first."
+class Caller:
+    "Calls an endpoint, within a budget, and again where that helps; answers go into the cache."
+    path = "/chat/completions"   # below the endpoint's URL
+
+    def __init__(self,
+        endpoint: Endpoint,
+        cache: AnswerCache,
+        budget: Budget,
+    ):
+        self.endpoint, self.cache, self.budget = endpoint, cache, budget
+        self.client, self.count = None, Counter()
+        self.stop, self.lock = threading.Event(), threading.Lock()
+        self.beyond = ""   # what is said when a call cost more than it could
+
+    def read(self,
+        reply: str,                           # body
+        shares: dict[str, tuple[int, int]],   # key -> the most tokens, sent and answered
+        body: dict,                           # of the call
+    ) -> dict[str, Answer]:                   # by key
+        "Return the answers in a reply; raise `BrokenAnswer` where it has none."
+        (key, most), = shares.items()
+        return {key: _read_reply(reply, most)}
+
+    def open(self): self.client = _client(self.endpoint)
+
+    def note(self, **numbers):
+        "Add to the counts."
+        with self.lock: self.count.update(numbers)
+
+    def hush(self, e: Exception) -> str:
+        "Return the message without the key, which some endpoints repeat in their errors."
+        key = self.client.api_key
+        return str(e).replace(key, "…") if key != "none" else str(e)
+
+# %% ../nbs/26_queries.ipynb #d03ed1c0
+class Asker(Caller):
+    "Asks an endpoint about passages."
     def __init__(self,
         endpoint: Endpoint,
         cache: AnswerCache,
@@ -617,11 +690,8 @@ class Asker:
         check: Callable,   # (answer, passage) -> queries, or raises `BrokenAnswer`
         tries: int = 3,    # answers that are paid for a passage before it is given up
     ):
-        self.endpoint, self.cache, self.budget = endpoint, cache, budget
+        super().__init__(endpoint, cache, budget)
         self.check, self.tries = check, tries
-        self.client, self.count = None, Counter()
-        self.stop, self.lock = threading.Event(), threading.Lock()
-        self.beyond = ""   # what is said when a call cost more than it could
 
     def known(self,
         answers: list[Answer],   # so far
@@ -643,66 +713,78 @@ def ask(self:Asker,
     passage: dict,
 ) -> tuple[dict | None, str | None]:   # queries, or the reason why there are none
     "Calls until the answers amount to something. Raises when the whole run must stop."
-    key, new = _key(self.endpoint, body), 0
+    key, new = answer_key(self.endpoint, body), 0
+    shares = {key: (most_tokens(body), self.endpoint.max_tokens)}
     answers = self.cache.get(key)
     while (found := self.known(answers, passage)) == (None, None):
-        if self.stop.is_set(): raise _Stopped("")
-        try: answers.append(self.call(key, body))
+        if self.stop.is_set(): raise Stopped("")
+        try: answers.append(self.call(shares, body)[key])
         except EndpointError as e: return None, self.hush(e)
-        except _Stopped as e: raise _Stopped(self.hush(e)) from None
+        except Stopped as e: raise Stopped(self.hush(e)) from None
         new += 1
     self.note(unusable=new - (found[0] is not None))
     return found
 
-@patch
-def hush(self:Asker, e: Exception) -> str:
-    "The message without the key, which some endpoints repeat in their errors."
-    return str(e).replace(self.client.api_key, "…") if self.client.api_key != "none" else str(e)
-
 # %% ../nbs/26_queries.ipynb #037b1a52
 @patch
-def call(self:Asker,
-    key: str,
+def call(self:Caller,
+    shares: dict[str, tuple[int, int]],   # key -> the most tokens, sent and answered
     body: dict,
-) -> Answer:
-    "One answer, after as many retries as allowed. Raises `EndpointError`."
+    until: float = float("inf"),          # `time.monotonic()` after which nothing is tried any more
+) -> dict[str, Answer]:
+    "Return the answers, after as many retries as allowed. Raises `EndpointError`."
     from openai import APIConnectionError, APIStatusError
     for n in range(self.endpoint.retries + 1):
-        try: return self.attempt(key, body)
+        try: return self.attempt(shares, body, until - time.monotonic())
         except BrokenAnswer as e: reason, pause = f"{e} ({n + 1} times)", _pause(e, n)
         except (APIConnectionError, APIStatusError) as e:
             reason, pause = _reason(e, self.endpoint, n + 1), _pause(e, n)
-        if pause is None or n == self.endpoint.retries: break
-        if self.stop.wait(pause): raise _Stopped("")
+        if pause is None or n == self.endpoint.retries or time.monotonic() + pause >= until: break
+        if self.stop.wait(pause): raise Stopped("")
         self.note(retries=1)
     raise EndpointError(reason)
 
 @patch
-def reserve(self:Asker, most: float):
-    "Holds the most that a call can cost, or raises `_Stopped`."
+def reserve(self:Caller, most: float):
+    "Hold the most that a call can cost, or raise `Stopped`."
     budget = self.budget
     if not budget.hold(most):
         left = f"the budget of {budget.limit:g} has {budget.limit - budget.spent:.4g} left"
-        raise _Stopped(f"{left}, and a call may cost {most:.4g}")
+        raise Stopped(f"{left}, and a call may cost {most:.4g}")
     why = self.beyond if budget.limit is not None else ""
     if why or self.stop.is_set():
         budget.pay(most, 0.0)
-        raise _Stopped(why)
+        raise Stopped(why)
+
+# %% ../nbs/26_queries.ipynb #037b1a53
+@patch
+def unfinished(self:Caller,
+    done: int,   # of `n`
+    n: int,
+    what: str,   # that is done
+    why: str,
+) -> EndpointError:
+    "Return the error of a call for many things that ended early."
+    return EndpointError(f"{self.endpoint.model}: {done} of {n} {what}, then: {why}; what was "
+                         "answered is kept, and the same call goes on from there")
 
 # %% ../nbs/26_queries.ipynb #5e9216bc
 @patch
-def attempt(self:Asker, key: str, body: dict) -> Answer:
-    "One call. The most it can cost is held before it, and what it did cost is paid after it."
-    tokens = most_tokens(body), self.endpoint.max_tokens
-    cost = most = self.endpoint.cost(*tokens)
+def attempt(self:Caller,
+    shares: dict[str, tuple[int, int]],   # as for `call`
+    body: dict,
+    seconds: float = float("inf"),        # that it may take; never more than the endpoint's timeout
+) -> dict[str, Answer]:
+    "Make one call: the most it can cost is held before it, what it did cost is paid after it."
+    cost = most = sum(self.endpoint.cost(*tokens) for tokens in shares.values())
     self.reserve(most)
-    held, known = self.cache.hold(key, *tokens), False
+    held, known = self.cache.hold(shares), False
     try:
-        raw = self.client.chat.completions.with_raw_response.create(**body)
-        answer = _read_reply(raw.http_response.text, tokens)
-        self.cache.put(key, answer, self.endpoint.model)
-        cost, known = answer_cost(answer, self.endpoint), True
-        self.note(calls=1, tokens_in=answer.tokens_in, tokens_out=answer.tokens_out)
+        answers = self.read(self.send(body, seconds), shares, body)
+        self.cache.put_all(answers, self.endpoint.model)
+        cost, known = sum(answer_cost(a, self.endpoint) for a in answers.values()), True
+        self.note(calls=1, tokens_in=sum(a.tokens_in for a in answers.values()),
+                  tokens_out=sum(a.tokens_out for a in answers.values()))
     except Exception as e:
         if known := _unbilled(e): cost = 0.0
         raise
@@ -713,12 +795,15 @@ def attempt(self:Asker, key: str, body: dict) -> Answer:
             self.beyond = (f"a call cost {cost:.4g}, but by price_in, price_out and max_tokens "
                            f"at most {most:.4g}; correct them")
         self.budget.pay(most, cost)
-    return answer
+    return answers
 
 @patch
-def note(self:Asker, **numbers):
-    "Adds to the counts."
-    with self.lock: self.count.update(numbers)
+def send(self:Caller, body: dict, seconds: float) -> str:
+    "Return the body of the reply, as it came."
+    options = {"headers": {"X-Stainless-Raw-Response": "true"},   # do not parse it
+               "timeout": max(.01, min(self.endpoint.timeout, seconds))}
+    raw = self.client.post(self.path, cast_to=object, body=body, options=options)
+    return raw.http_response.text
 
 # %% ../nbs/26_queries.ipynb #7962ff71
 def answer_cost(
@@ -730,9 +815,17 @@ def answer_cost(
     return endpoint.cost(answer.tokens_in, answer.tokens_out)
 
 # %% ../nbs/26_queries.ipynb #5091f214
-def _ask_all(asker, todo, request, concurrency, give_up, bar):
-    "Outcomes by passage index, and why the run stopped, if it did."
+def ask_all(
+    asker: Caller,         # with `ask`
+    todo: Iterable[int],   # what is asked about, by number
+    request: Callable,     # number -> arguments of `ask`
+    concurrency: int,      # calls at the same time
+    give_up: int,          # stop when so many in a row fail
+    bar,                   # of progress
+) -> tuple[dict, str]:     # number -> what `ask` returned; why the run stopped, if it did
+    "Ask about many things, several at a time."
     waiting, outcomes, state = deque(todo), {}, {"row": 0, "why": ""}
+    asker.stop.clear()
     def halt(why):
         with asker.lock: state["why"] = state["why"] or why
         asker.stop.set()
@@ -741,7 +834,7 @@ def _ask_all(asker, todo, request, concurrency, give_up, bar):
             try: i = waiting.popleft()
             except IndexError: return
             try: outcomes[i] = asker.ask(*request(i))
-            except _Stopped as e:
+            except Stopped as e:
                 halt(str(e))
                 return
             with asker.lock:
@@ -842,7 +935,7 @@ def _settle(asker, chosen, request):
     before = most = 0.0
     for i in chosen:
         body, passage = request(i)
-        key, rough = _key(endpoint, body), _rough(body)
+        key, rough = answer_key(endpoint, body), _rough(body)
         answers = asker.cache.get(key)
         known += [(rough, a.tokens_in, a.tokens_out) for a in answers]
         before += sum(answer_cost(a, endpoint) for a in answers)
@@ -867,10 +960,10 @@ def _run(asker, passages, chosen, request, dry_run, concurrency, give_up, wanted
     cached, asker.budget.spent, why = len(outcomes), before, "dry run"
     estimate = _estimate(asker.endpoint, tokens, known, 20 + 25 * wanted, most)
     if not dry_run:
-        if todo: asker.client = _client(asker.endpoint)
+        if todo: asker.open()
         with tqdm(total=len(chosen), initial=cached, desc="queries", unit="passage",
                   disable=not progress) as bar:
-            new, why = _ask_all(asker, todo, request, concurrency, give_up, bar)
+            new, why = ask_all(asker, todo, request, concurrency, give_up, bar)
         outcomes |= new
     rows = [_row(q, t, n, [passages[i]], "generated") for i in sorted(outcomes)
             for t, queries in (outcomes[i][0] or {}).items() for n, q in enumerate(queries)]

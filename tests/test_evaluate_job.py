@@ -32,7 +32,7 @@ def test_failures_requirements_and_results_that_are_taken_over(launch, tmp_path,
     assert "BM25.R@100 is 1.000 on average, at least 0.5" in done.stdout
     assert (tmp_path / "run" / "evaluate.html").is_file()
     metrics = read(tmp_path / "run" / "metrics.json")
-    assert list(metrics["failures"]) == ["set no/such/rows.jsonl", "no/such/model on law"]
+    assert list(metrics["failures"]) == ["set no/such/rows.jsonl", "no/such/model"]
     assert list(metrics["evaluations"]) == ["law"] and list(metrics["evaluations"]["law"]) == ["BM25"]
     assert list(metrics["slices"]) == ["law/domain"]
     means = read(tmp_path / "run" / "performance_metrics.json")["BM25"]
@@ -71,6 +71,30 @@ def test_failures_requirements_and_results_that_are_taken_over(launch, tmp_path,
 def test_what_cannot_run_is_said_in_one_sentence(words, wanted, launch):
     done = launch("evaluate", "-f", "evaluate_smoke", *words, "--out", "run", "--no-progress")
     assert done.returncode == 1 and wanted in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+BAD_SETS = [    # questions, judgements, what is said
+    ("", "1 0 a 1\n", r"queries\.jsonl: the file holds no records"),
+    ('{"_id": "1", "text": "al?"}\n', "", r"qrels\.txt: the file holds no records"),
+    ('{"_id": "1", "text": "al?"}\n', "1 0 zzz 1\n", r"no query with a relevant passage, but 1 .* has no _id .*line 1"),
+    ('{"_id": "1", "text": "al?"}\n', "9 0 a 1\n", r"no query with a relevant passage, but 1 .* has no _id .*line 1"),
+]
+
+
+@pytest.mark.parametrize("queries, qrels, wanted", BAD_SETS)
+def test_a_wrong_id_and_a_set_without_queries_are_one_sentence(queries, qrels, wanted, tmp_path):
+    "The sentence names the file that was given, and the first line that is wrong."
+    files = {"queries": queries, "corpus": '{"_id": "a", "text": "alpha"}\n'}
+    options = {"qrels": str(tmp_path / "qrels.txt")}
+    (tmp_path / "qrels.txt").write_text(qrels)
+    for name, text in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(text)
+        options[name] = str(tmp_path / f"{name}.jsonl")
+    with pytest.raises(ValueError, match=wanted) as e: eval_set("mine", **options)
+    assert "\n" not in str(e.value) and "/tmp" not in str(e.value).replace(str(tmp_path), "")
+    (tmp_path / "gold.jsonl").write_text('{"query": "x", "relevant": ["zzz"]}\n')
+    with pytest.raises(ValueError, match=r"1 relevant ids that the corpus lacks \(line 1: zzz\)"):
+        eval_set(tmp_path / "gold.jsonl", corpus=options["corpus"])
 
 
 def test_a_sentence_transformers_directory_is_searched_with_its_dense_vectors(tmp_path):
