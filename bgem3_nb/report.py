@@ -206,7 +206,8 @@ def own_encoder(
     system: System,
 ) -> M3Encoder | None:
     "Return the encoder of a system that `explain` can read; None for others."
-    model = getattr(getattr(system, "vectors", None), "model", None)
+    holder = system if hasattr(system, "vectors") else getattr(system, "reranker", None)
+    model = getattr(getattr(holder, "vectors", None), "model", None)
     if not isinstance(model, M3Encoder): model = getattr(model, "encoder", None)
     return model if isinstance(model, M3Encoder) else None
 

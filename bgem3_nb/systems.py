@@ -147,6 +147,7 @@ def sentence_vectors(
     return Vectors(encode("encode_query", query_prompt),
                    encode("encode_document", passage_prompt), model)
 
+# %% ../nbs/44_systems.ipynb #44f00002
 def load_flagembedding(
     name_or_path: str | Path,   # a directory with FlagEmbedding's files, or a hub name
     **kwargs,                   # of its class
