@@ -1,4 +1,4 @@
-"""What options of a training do, seen in the training itself: when it stops, how fast it learns, what it is resumed to."""
+"""What options do, seen in the training itself: when it stops, how fast it learns, what it is resumed to."""
 import json
 from math import cos, pi
 
@@ -64,7 +64,8 @@ def test_schedule_sets_the_learning_rates(schedule, share, tmp_path):
     run.train()
     bases = sorted({g["initial_lr"] for g in run.optimizer.param_groups})
     assert bases == [1e-3, 2e-3, 4e-3]
-    for k, seen in enumerate(rates.seen): assert sorted(set(seen)) == pytest.approx(sorted({b * share(k) for b in bases}))
+    for k, seen in enumerate(rates.seen):
+        assert sorted(set(seen)) == pytest.approx(sorted({b * share(k) for b in bases}))
     assert len(rates.seen) == 8
 
 
@@ -83,8 +84,8 @@ def mined_run(out, stop=None):
                       for i, r in enumerate(records)], "law")
     args = M3TrainingArguments(
         output_dir=str(out), num_train_epochs=3, per_device_train_batch_size=8, learning_rate=2e-2, negatives=2,
-        passage_length=48, search_length=48, precision="fp32", report_to="none", disable_tqdm=True, use_cpu=True, seed=3,
-        save_strategy="steps", save_steps=1, dataloader_drop_last=True)
+        passage_length=48, search_length=48, precision="fp32", report_to="none", disable_tqdm=True, use_cpu=True,
+        seed=3, save_strategy="steps", save_steps=1, dataloader_drop_last=True)
     run = M3Trainer(tiny_model(), args, train_dataset=rows)
     miner = MineBetweenEpochs(rows, 1, 1, 48, num_negatives=2, mix="1-8")
     run.add_callback(miner)
