@@ -194,9 +194,9 @@ def panel_table(
     rows = {}
     for name, of in before.items():
         for mode, e in of.items():
-            row = rows[f"{name} · {mode}"] = {"n": len(e), "before": round(e.mean(metric), 3)}
+            row = rows[f"{name} · {mode}"] = {"n": len(e), "before": f"{e.mean(metric):.3f}"}
             if mode not in after.get(name, {}): continue
             c = paired(after[name][mode], e, metric)
-            row["after"] = round(after[name][mode].mean(metric), 3)
+            row["after"] = f"{after[name][mode].mean(metric):.3f}"
             row["gain"] = f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]"
     return pd.DataFrame.from_dict(rows, orient="index").fillna("")

@@ -16,7 +16,7 @@ SMALL = {"prepare": {"near": 0, "max_rows": 40, "total": 60},
          "train": {"steps": 2, "batch_size": 4, "lexical_warm_up": 4, "validations": 1, "max_rows": 16,
                    "distractors": 8, "search_length": 64, "passage_length": 48, "panel": []},
          "evaluate": {"max_rows": 8, "max_passages": 20, "search_length": 48, "modes": ["dense", "all"]}}
-JUDGED = {"company": ["test", "company"], "rental": ["test", "rental"], "law": ["test", "law"],
+JUDGED = {"company": ["test", "company", "company"], "rental": ["test", "rental"], "law": ["test", "law"],
           "islamic": ["test", "quran", "hadith"]}      # the sets of the last step
 CHAINS = {"company": {}, "rental": {}, "law": {"prepare.test": "0.2"},
           "islamic": {"prepare.test": "0.2"}}

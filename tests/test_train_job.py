@@ -74,7 +74,7 @@ def check_panel(run, said):
     "A panel set is asked before and after, for the table, the numbers and the verdict; the training's rows are none."
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     (name, panel), = metrics["panel"].items()
-    assert (name, panel["queries"]) == ("rooms, 32 passages", 6)
+    assert (name, panel["queries"]) == ("rooms, 31 passages", 6)
     assert panel["before"].keys() == panel["after"].keys() | {"BM25"} and "all" in panel["after"]
     compared = metrics["paired"][f"{name}, all after − all before"]
     assert compared["difference"] == pytest.approx(
