@@ -1704,7 +1704,7 @@ OPTION_KINDS = {   # option -> types that it may have beside None, and these in 
     "source_name": ((str,), "text"), "split": ((str,), "text"), "language": ((str,), "text"),
     "path": ((str,), "text"), "name": ((str,), "text"), "columns": ((dict,), "an object"),
     "seed": ((int,), "a whole number"), "max_rows": ((int,), "a whole number"),
-    "labels": ((dict, list, tuple), "an object, {\"label\": value}, or a list of two numbers"),
+    "labels": ((object,), "as the reader checks them"),
     "weights": ((dict, str, Path, WeightConfig), "a file, or an object of weights"),
     "corpus": ((str, Path, Collection, Dataset), "a file, a directory or the name of a source")}
 _OF_ROWS = ("rename", "ignore", "nfc", "source_name", "required", "progress")
