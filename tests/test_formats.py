@@ -610,7 +610,7 @@ def test_a_wrong_option_is_refused_before_a_record_is_read(tmp_path):
     "The second line is no JSON; a wrong name or type of an option comes first, and all that a reader takes is known."
     path = tmp_path / "rows.jsonl"
     path.write_text('{"query": "q", "pos": ["p"]}\n{broken\n')
-    with pytest.raises(ValueError, match="the format 'rows' has no option 'renam'; did you mean 'rename'.*rename, ignore"):
+    with pytest.raises(ValueError, match="'rows' has no option 'renam'; did you mean 'rename'.*rename, ignore"):
         load_data(path, renam={})
     with pytest.raises(ValueError, match="'nfc' of the format 'rows' must be true or false, not 'no'"):
         load_data(path, nfc="no")
