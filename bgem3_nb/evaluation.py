@@ -4,17 +4,18 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'ARABIC_SIGNS', 'ARABIC_LETTERS', 'CHANGES', 'GOOD_START', 'FEW_ROWS', 'FEW_QUERIES', 'FEW_PASSAGES',
-           'WIDE', 'relevant_ranks', 'Evaluation', 'evaluate_scores', 'evaluate_modes', 'evaluate_top', 'word_tokens',
-           'bm25_scores', 'bootstrap_interval', 'metrics_table', 'Comparison', 'paired', 'holm', 'plot_intervals',
-           'query_results', 'write_query_results', 'wrong_queries', 'compare_queries', 'QueryTable', 'fit_weights',
-           'validation_metrics', 'doubts', 'Verdict', 'verdict', 'should_fine_tune', 'run_costs', 'describe_costs']
+           'WIDE', 'LOSS_ELSEWHERE', 'relevant_ranks', 'Evaluation', 'evaluate_scores', 'evaluate_modes',
+           'evaluate_top', 'word_tokens', 'bm25_scores', 'bootstrap_interval', 'metrics_table', 'Comparison', 'paired',
+           'holm', 'plot_intervals', 'query_results', 'write_query_results', 'wrong_queries', 'compare_queries',
+           'QueryTable', 'fit_weights', 'validation_metrics', 'doubts', 'panel_changes', 'Verdict', 'verdict',
+           'should_fine_tune', 'run_costs', 'describe_costs']
 
 # %% ../nbs/40_evaluation.ipynb #776cc569
 import re
 import sys
 import time
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from html import escape
 from pathlib import Path
@@ -647,35 +648,63 @@ def doubts(
         out.append(f"the test is easy: it searches only {n_passages} passages")
     return out + _too_small(gain)
 
+# %% ../nbs/40_evaluation.ipynb #40d00001
+LOSS_ELSEWHERE = "gain at home, loss elsewhere"
+
+def panel_changes(
+    panel: dict[str, tuple[Evaluation, Evaluation]],  # set -> before and after, of the mode in use
+    metric: str = "nDCG@10",        # what is compared
+) -> dict[str, tuple[str, str]]:    # set -> "gain", "loss" or "no clear change", and its numbers
+    "Say what became of sets that were no part of a training."
+    tests = {name: paired(after, before, metric) for name, (before, after) in panel.items()}
+    found = {}
+    for (name, c), p in zip(tests.items(), holm([c.p_value for c in tests.values()])):
+        what = "no clear change"
+        if p < .05 and (c.low > 0 or c.high < 0): what = "gain" if c.low > 0 else "loss"
+        start, end = (e.mean(metric) for e in panel[name])
+        found[name] = what, (f"{metric} {start:.3f} → {end:.3f}, {c.difference:+.3f} "
+                             f"[{c.low:+.3f}, {c.high:+.3f}] on {c.n} queries")
+    return found
+
 # %% ../nbs/40_evaluation.ipynb #17a50034
 @dataclass(repr=False)
 class Verdict:
     "Whether a trained model is better than its start, and why it may not be."
-    outcome: str         # "gain", "no gain" or "loss"
+    outcome: str         # "gain", "no gain", "loss" or `LOSS_ELSEWHERE`
     sentence: str        # to print
     reasons: list[str]   # why there may be no gain; nothing where there is one
     gain: Comparison     # what it was judged by
+    elsewhere: list[str] = field(default_factory=list)   # a line for each set of the panel
 
-    def __repr__(self): return "\n".join([self.sentence, *(f"  - {r}" for r in self.reasons)])
+    def __repr__(self):
+        return "\n  - ".join([self.sentence, *self.reasons, *self.elsewhere])
 
 def verdict(
     before: Evaluation,         # of the mode that would be used
     after: Evaluation,          # the same mode after training, on the same queries
     metric: str = "nDCG@10",    # what is compared
+    panel: dict[str, tuple[Evaluation, Evaluation]] = {},   # as for `panel_changes`
     **known,                    # for `doubts`: train_queries, bm25, n_passages
 ) -> Verdict:
-    "Judge a training by the paired test of its test queries. Raises ValueError as `paired` does."
-    c = paired(after, before, metric)
-    outcome = "no gain"
+    "Judge a training by paired tests of its test and of a panel. Raises ValueError as `paired`."
+    c, changes, outcome = paired(after, before, metric), panel_changes(panel, metric), "no gain"
+    lost = [f"{name} {said}" for name, (what, said) in changes.items() if what == "loss"]
     if c.high < 0: outcome = "loss"
-    elif c.low > 0 and c.p_value < .05: outcome = "gain"
-    said = outcome if outcome == "gain" else f"{outcome}: do not deploy this"
+    elif c.low > 0 and c.p_value < .05: outcome = LOSS_ELSEWHERE if lost else "gain"
+    said = f"{outcome}: do not deploy this"
+    if outcome == "gain":
+        said = "gain, and no clear loss on the panel: deploy this" if panel else "gain"
+    if outcome == LOSS_ELSEWHERE:
+        said = (f"gain at home, loss on the panel ({'; '.join(lost)}): do not deploy this where "
+                "such questions come too")
     sentence = (f"{said} ({metric} {before.mean(metric):.3f} → {after.mean(metric):.3f}, "
                 f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}] on {c.n} test queries)")
-    if outcome == "gain": return Verdict(outcome, sentence, [], c)
+    elsewhere = [f"panel, {name}: {what}, {said}" for name, (what, said) in changes.items()]
+    if outcome in ("gain", LOSS_ELSEWHERE): return Verdict(outcome, sentence, [], c, elsewhere)
     none = "none of the usual causes holds: try other settings, such as the number of steps, the " \
            "learning rate or harder negatives"
-    return Verdict(outcome, sentence, doubts(c, before.mean(metric), **known) or [none], c)
+    reasons = doubts(c, before.mean(metric), **known) or [none]
+    return Verdict(outcome, sentence, reasons, c, elsewhere)
 
 # %% ../nbs/40_evaluation.ipynb #17a5003a
 def _reranker_closes(before, after, mode, metric):
@@ -693,16 +722,18 @@ def should_fine_tune(
     after: dict[str, Evaluation],    # the same modes after training
     mode: str = "all",               # the one that would be used
     metric: str = "nDCG@10",         # what is compared
+    panel: dict[str, tuple[Evaluation, Evaluation]] = {},   # as for `verdict`
     **known,                         # for `doubts`: train_queries, bm25, n_passages
 ) -> list[str]:                      # sentences, the answer first
     "Answer by the rules above."
-    found = verdict(before[mode], after[mode], metric, **known)
+    found = verdict(before[mode], after[mode], metric, panel, **known)
     start, closes = before[mode].mean(metric), _reranker_closes(before, after, mode, metric)
     answer = "Yes: training gains what no cheaper way that was tried here gives"
-    if found.outcome != "gain": answer = "No, not with these rows and settings"
+    if found.outcome == LOSS_ELSEWHERE: answer = "Only for its own subject: it unlearned others"
+    elif found.outcome != "gain": answer = "No, not with these rows and settings"
     elif start >= GOOD_START: answer = "Hardly: little is left to gain"
     elif closes: answer = "Not for dense vectors alone: reranking gives as much without training"
-    against = closes + doubts(found.gain, start, **known)
+    against = found.elsewhere + closes + doubts(found.gain, start, **known)
     return [f"{s[0].upper()}{s[1:]}." for s in (answer, found.sentence, *against)]
 
 # %% ../nbs/40_evaluation.ipynb #17a5003e

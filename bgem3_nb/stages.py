@@ -169,8 +169,9 @@ def on_evaluate(self: ForgettingGuard, args, state, control, **kwargs):
     now = self.measure()
     if now >= self.retained_share * self.start: return self.remember(state)
     self.stopped = control.should_training_stop = True
-    print(f"step {state.global_step:>4}  guard: {self.metric} on the general set is {now:.3f}, "
-          f"less than {self.retained_share:.0%} of {self.start:.3f}; back to step {self.held[0]}",
+    name = getattr(self.general, "name", "the general set")
+    print(f"step {state.global_step:>4}  guard: {self.metric} on {name} is {now:.3f}, less than "
+          f"{self.retained_share:.0%} of {self.start:.3f}; back to step {self.held[0]}",
           flush=True)
 
 @patch

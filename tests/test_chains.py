@@ -14,8 +14,10 @@ from bgem3_nb.jobs import JobError
 SMALL = {"prepare": {"near": 0, "max_rows": 40, "total": 60},
          "mine": {"search_length": 48, "pilot": 24, "distractors": 30, "mix": "0-15", "num_negatives": 2},
          "train": {"steps": 2, "batch_size": 4, "lexical_warm_up": 4, "validations": 1, "max_rows": 16,
-                   "distractors": 8, "search_length": 64, "passage_length": 48},
+                   "distractors": 8, "search_length": 64, "passage_length": 48, "panel": []},
          "evaluate": {"max_rows": 8, "max_passages": 20, "search_length": 48, "modes": ["dense", "all"]}}
+JUDGED = {"company": ["test", "company", "company"], "rental": ["test", "rental"], "law": ["test", "law"],
+          "islamic": ["test", "quran", "hadith"]}      # the sets of the last step
 CHAINS = {"company": {}, "rental": {}, "law": {"prepare.test": "0.2"},
           "islamic": {"prepare.test": "0.2"}}
 
@@ -39,11 +41,21 @@ def check_steps(out, steps):
     assert (out / "train" / "model" / "config.json").is_file()
 
 
+def check_judged(out, sets):
+    "The last step has asked the model of the chain, its start and BM25 the test and the gold questions."
+    found = json.loads((out / "evaluate" / "metrics.json").read_text(encoding="utf-8"))
+    assert not found["failures"]
+    assert [name.split(",")[0].removeprefix("prepare/") for name in found["evaluations"]] == sets
+    for of in found["evaluations"].values():
+        assert {"embedded all", "BM25", "train all"} <= of.keys()
+
+
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_case_runs_from_files_to_a_model(chain, tmp_path, launch):
     done = launch("run", chain, *smallest(chain, **CHAINS[chain]), "--out", "run", "--no-progress")
     assert done.returncode == 0, done.stderr[-3000:]
     check_steps(tmp_path / "run", plan_chain(chain).plans)
+    check_judged(tmp_path / "run", JUDGED[chain])
 
 
 def test_a_folder_of_documents_is_enough(tmp_path, launch):
@@ -52,10 +64,11 @@ def test_a_folder_of_documents_is_enough(tmp_path, launch):
     done = launch("run", str(folder), *smallest("documents"), "--no-progress")
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "data" / "runs" / "documents"
-    check_steps(out, ["prepare", "mine", "train"])
+    check_steps(out, ["prepare", "mine", "train", "evaluate"])
+    check_judged(out, ["test"])
     again = launch("run", str(folder), *smallest("documents"), "--no-progress")
     assert again.returncode == 0
-    assert again.stderr.count("done before") == 3, again.stderr
+    assert again.stderr.count("done before") == 4, again.stderr
 
 
 def test_rows_need_nothing_else(tmp_path, launch):

@@ -2,6 +2,7 @@
 import json
 import re
 import shutil
+from inspect import signature
 from pathlib import Path
 
 import ir_measures
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 import bgem3_nb.formats as formats
 from bgem3_nb.formats import (
-    FORMATS, HUB, METHODS, WeightConfig, detect_format, fill_weights, load_data, negative_weights, save_data)
+    FORMAT_OPTIONS, FORMATS, HUB, METHODS, WeightConfig, detect_format, fill_weights, load_data, negative_weights,
+    save_data)
 from bgem3_nb.evaluation import evaluate_scores
 from bgem3_nb.rows import Rejected, RowError, make_rows
 from bgem3_nb.splits import merge_queries, retrieval_set
@@ -602,3 +604,19 @@ def test_broken_weight_config(content, text, tmp_path):
     path.write_bytes(content)
     with pytest.raises(RowError, match=re.escape(text)) as error: WeightConfig.load(path)
     assert error.value.file == str(path)
+
+
+def test_a_wrong_option_is_refused_before_a_record_is_read(tmp_path):
+    "The second line is no JSON; a wrong name or type of an option comes first, and all that a reader takes is known."
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"query": "q", "pos": ["p"]}\n{broken\n')
+    with pytest.raises(ValueError, match="'rows' has no option 'renam'; did you mean 'rename'.*rename, ignore"):
+        load_data(path, renam={})
+    with pytest.raises(ValueError, match="'nfc' of the format 'rows' must be true or false, not 'no'"):
+        load_data(path, nfc="no")
+    with pytest.raises(RowError, match="line 2"): load_data(path, nfc=None)
+    for name, options in FORMAT_OPTIONS.items():
+        known = signature(FORMATS[name].read).parameters
+        own = {k for k, p in known.items() if p.default is not p.empty}
+        assert own - {"required"} <= set(options), name
+        assert set(options) <= set(known) or any(p.kind is p.VAR_KEYWORD for p in known.values()), name

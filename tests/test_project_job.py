@@ -4,10 +4,11 @@ import json
 import pandas as pd
 from conftest import REPO
 
+LAW = {"data": str(REPO / "data" / "law_mini.jsonl"), "name": "law", "max_queries": 5, "max_passages": 12}
 RENTAL = str(REPO / "data" / "rental" / "listings.json")
 SMALL = {"source": RENTAL, "max_rows": 30, "epochs": 3, "d_out": 8, "batch_size": 8, "warmup_steps": 2,
          "messy_copies": 1, "train_split": 0.6, "test_split": 0.2, "ablations": 0,
-         "save_model": False, "check": False, "progress": False, "learning_rate": 1e-3}
+         "save_model": False, "panel": [], "check": False, "progress": False, "learning_rate": 1e-3}
 
 
 def test_json_and_flags_are_checked(tmp_path, launch):
@@ -30,7 +31,8 @@ def test_json_and_flags_are_checked(tmp_path, launch):
 
 def test_a_run_and_its_resume(tmp_path, launch):
     features = tmp_path / "features"
-    (tmp_path / "mine.json").write_text(json.dumps(SMALL | {"features": str(features), "learn_weights": True}))
+    (tmp_path / "mine.json").write_text(json.dumps(SMALL | {
+        "features": str(features), "learn_weights": True, "panel": [LAW]}))
     done = launch("project", "-f", "mine.json", "--out", "run")
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
@@ -43,6 +45,11 @@ def test_a_run_and_its_resume(tmp_path, launch):
     assert found == {("", "clean"): metrics["BM25"]["RR"]["mean"]} | {
         (name, form): metrics[name][form]["search"]["RR"]["mean"] for name in ("zero-shot", "head to 8")
         for form in ("clean", "messy")}
+    (name, panel), = metrics["panel"].items()
+    assert (name, panel["queries"], panel["passages"]) == ("law, 12 passages", 5, 12)
+    assert (panel["before"].keys(), panel["after"].keys()) == ({"BM25", "dense"}, {"dense"})
+    assert panel["before"]["dense"]["RR"]["mean"] > panel["after"]["dense"]["RR"]["mean"]    # 8 numbers of 384
+    assert any(line.startswith(f"panel, {name}: ") for line in metrics["verdict"])
     assert "wrong with the head to 8" in (run / "project.html").read_text()
     history, config = (json.loads((run / f).read_text()) for f in ("loss_history.json", "config.json"))
     assert [h["epoch"] for h in history] == [1, 2, 3]

@@ -4,6 +4,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from conftest import REPO
 
 GOOD = {"query": "nghỉ hằng năm", "pos": ["Người lao động được nghỉ hằng năm."], "domain": "a"}
 
@@ -30,7 +31,8 @@ def cases(tmp_path):
                                   "no heads"])
 def test_bad_input(name, tmp_path, launch):
     words, wanted = cases(tmp_path)[name]
-    done = launch("train", *words, "-p", "valid", "0.5", "--out", str(tmp_path / "run"), "--no-progress")
+    done = launch("train", *words, "-p", "valid", "0.5", "-p", "panel", "[]",
+                  "--out", str(tmp_path / "run"), "--no-progress")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     for part in wanted: assert part in done.stderr, done.stderr
@@ -50,7 +52,10 @@ def test_trained_heads_stay_and_replacing_them_is_printed(tmp_path, launch):
              "steps": "1", "batch_size": "4", "validations": "1", "lexical_warm_up": "20", "check": "false",
              "lexical_learning_rate": "0", "passage_length": "60", "search_length": "60"}
     said = {}
-    for name, words in {"kept": [], "replaced": ["-p", "replace_heads", "true"]}.items():
+    panel = json.dumps([{"data": str(REPO / "data" / "rental" / "listings.json"), "name": "rooms", "max_queries": 6,
+                         "max_passages": 12}, str(tmp_path / "rows.jsonl")])
+    watching = ["-p", "panel", panel, "-p", "watch", "rooms", "-p", "retained_share", ".5"]
+    for name, words in {"kept": watching, "replaced": ["-p", "replace_heads", "true", "-p", "panel", "[]"]}.items():
         parameters = [word for k, v in given.items() for word in ("-p", k, v)]
         done = launch("train", *parameters, *words, "--out", str(tmp_path / name), "--no-progress")
         assert done.returncode == 0, done.stderr[-2000:]
@@ -62,6 +67,23 @@ def test_trained_heads_stay_and_replacing_them_is_printed(tmp_path, launch):
     assert "the trained heads of sparse_linear.pt and colbert_linear.pt are replaced by new ones" in said["replaced"]
     assert "lexical head alone" in said["replaced"]
     check_report(tmp_path / "replaced")
+    check_panel(tmp_path / "kept", said["kept"])
+
+
+def check_panel(run, said):
+    "A panel set is asked before and after, for the table, the numbers and the verdict; the training's rows are none."
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    (name, panel), = metrics["panel"].items()
+    assert (name, panel["queries"]) == ("rooms, 31 passages", 6)
+    assert panel["before"].keys() == panel["after"].keys() | {"BM25"} and "all" in panel["after"]
+    compared = metrics["paired"][f"{name}, all after − all before"]
+    assert compared["difference"] == pytest.approx(
+        panel["after"]["all"]["nDCG@10"]["mean"] - panel["before"]["all"]["nDCG@10"]["mean"])
+    assert any(line.startswith(f"panel, {name}: ") for line in metrics["verdict"])
+    assert any("no question is left" in note for note in metrics["panel_notes"])
+    assert f"all, {name} " in said and "The panel took" in said and metrics["panel_seconds"] > 0
+    watched = [h for h in metrics["training"]["unified"] if "general_all_nDCG@10" in h]
+    assert len(watched) == 2                                  # at the start and at the one validation
 
 
 def check_report(run):

@@ -9,7 +9,7 @@ from tiny_run import tiny_model
 from bgem3_nb.jobs import JobError, find_jobs, job_params, plan_job
 
 TINY = {"steps": "2", "batch_size": "4", "validations": "1", "lexical_warm_up": "3", "passage_length": "40",
-        "search_length": "40", "check": "false", "valid": "0.3", "distractors": "4"}
+        "search_length": "40", "check": "false", "panel": "[]", "valid": "0.3", "distractors": "4"}
 
 
 def settings_cell(tmp_path, **changed):
@@ -40,6 +40,8 @@ def settings_cell(tmp_path, **changed):
     (dict(teacher="embedded"), "teacher is about hard negatives"),
     (dict(mine_every=1), "mine_every is about hard negatives"),
     (dict(mine_every=1, teacher="rows", negatives=2), "set one of the two"),
+    (dict(watch="quran", panel=[]), "watch is 'quran', and the panel has no set"),
+    (dict(watch="quran", retained_share=1.1), "retained_share must be above 0 and at most 1"),
     (dict(hardest=-1), "hardest must be at least 0"),
     (dict(stages={"unified": {"lr_scheduler_type": "cosin"}}), "cosin is not a valid SchedulerType"),
 ])
