@@ -14,6 +14,7 @@ import re
 import sys
 import time
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from html import escape
@@ -29,6 +30,7 @@ from scipy.stats import bootstrap, permutation_test
 from .files import replacing
 from .rows import language_code
 from .scoring import fuse, load_bm25s
+from .text import normalize_text
 
 # %% ../nbs/40_evaluation.ipynb #4aceb6e4
 def _ir_measures():
@@ -248,9 +250,11 @@ def word_tokens(
     text: str,             # any text
     # language code, such as "vi" or "vi-VN"; vi, ar, fa and ur have own rules
     language: str = "en",
+    normalize: Sequence[str] = (),   # steps before that, as a model's; names of `text.STEPS`
 ) -> list[str]:            # terms, repeated as they occur
     "Terms for BM25: case-folded words, with the pairs that the language or the script asks for."
     language = language_code(language)
+    text = normalize_text(text, normalize)
     text = unicodedata.normalize("NFKC", _ARABIC_FORMS.sub("", text)).casefold()
     if language in ("ar", "fa", "ur"): text = ARABIC_SIGNS.sub("", text).translate(ARABIC_LETTERS)
     if language == "ar": text = _ARABIC_ARTICLE.sub("", text)
@@ -271,6 +275,7 @@ def bm25_scores(
     language: str = "vi",              # language code, for `word_tokens`
     k1: float = 1.2,                   # >= 0, how slowly repetition saturates
     b: float = 0.75,                   # 0 to 1, how much length is discounted
+    normalize: Sequence[str] = (),     # steps on all texts, for `word_tokens`
 ) -> np.ndarray:                       # (n_q, n_p) float32, all zeros where a query matches nothing
     """BM25 scores of all queries and passages, in Lucene's form. Raises ValueError if there are
     no queries given."""
@@ -279,12 +284,13 @@ def bm25_scores(
         raise ValueError("bm25_scores needs the queries, or an object with .passages and .queries")
     passages = getattr(passages, "passages", passages)
     scores = np.zeros((len(queries), len(passages)), dtype=np.float32)
-    tokens = [word_tokens(p, language) for p in passages]
+    tokens = [word_tokens(p, language, normalize) for p in passages]
     if not any(tokens): return scores
     index = load_bm25s().BM25(k1=k1, b=b, method="lucene")
     index.index(tokens, show_progress=False)
     for i, query in enumerate(queries):
-        if terms := word_tokens(query, language): scores[i] = index.get_scores(terms)
+        terms = word_tokens(query, language, normalize)
+        if terms: scores[i] = index.get_scores(terms)
     return scores
 
 # %% ../nbs/40_evaluation.ipynb #5094d5ed
