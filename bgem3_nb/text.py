@@ -187,6 +187,7 @@ def save_tokenizer(
     tokenizer.save_pretrained(folder)
     file = Path(folder)/"tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
+    # a class of transformers 4 and 5 that takes the file as it is
     if carries_steps(tokenizer) or settings.get("tokenizer_class") == "TokenizersBackend":
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"     # a name that version 4 knows too
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         replace_file(file, json.dumps(settings, indent=2, ensure_ascii=False).encode())
