@@ -336,7 +336,8 @@ def model_marks(
         mark = marks.setdefault(part, blake2b(digest_size=8))
         mark.update(name.encode() + sample.numpy().tobytes())
     hashes = {k: h.hexdigest() for k, h in marks.items()}
-    return hashes | {"pooling": config.pooling, "lexical": config.lexical}
+    steps = {"normalize": " ".join(config.normalize)} if config.normalize else {}
+    return hashes | {"pooling": config.pooling, "lexical": config.lexical} | steps
 
 # %% ../nbs/02_encoding.ipynb #5b1e70a3
 FAMILIAR = {   # argument of other libraries -> what is said here
@@ -408,12 +409,14 @@ class M3Encoder:
         new_heads: str = "",              # start of missing heads: "identity" or "random"
         replace_heads: bool = False,      # start trained heads anew too
         pooling: str | None = None,       # "cls", "mean" or "last"; None: as the checkpoint states
+        normalize: list[str] | None = None,   # steps on texts; None: as the checkpoint states
         **kwargs,                         # parameters of `M3Encoder`
     ) -> "M3Encoder":
         "Load a checkpoint. Raises ValueError where heads are missing, or the pooling."
         kwargs = refuse_familiar(cls, kwargs)
         model = M3Model.from_pretrained(name_or_path, new_heads=new_heads,
-                                        replace_heads=replace_heads, pooling=pooling)
+                                        replace_heads=replace_heads, pooling=pooling,
+                                        normalize=normalize)
         return cls(model, **kwargs)
 
 # %% ../nbs/02_encoding.ipynb #c68f5bde

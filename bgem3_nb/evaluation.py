@@ -7,14 +7,15 @@ __all__ = ['METRICS', 'ARABIC_SIGNS', 'ARABIC_LETTERS', 'CHANGES', 'GOOD_START',
            'WIDE', 'LOSS_ELSEWHERE', 'relevant_ranks', 'Evaluation', 'evaluate_scores', 'evaluate_modes',
            'evaluate_top', 'word_tokens', 'bm25_scores', 'bootstrap_interval', 'metrics_table', 'Comparison', 'paired',
            'holm', 'plot_intervals', 'query_results', 'write_query_results', 'wrong_queries', 'compare_queries',
-           'QueryTable', 'fit_weights', 'validation_metrics', 'doubts', 'panel_changes', 'Verdict', 'verdict',
-           'should_fine_tune', 'run_costs', 'describe_costs']
+           'QueryTable', 'likely_weights', 'fit_weights', 'validation_metrics', 'doubts', 'panel_changes', 'Verdict',
+           'verdict', 'should_fine_tune', 'run_costs', 'describe_costs']
 
 # %% ../nbs/40_evaluation.ipynb #776cc569
 import re
 import sys
 import time
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from html import escape
@@ -30,6 +31,7 @@ from scipy.stats import bootstrap, permutation_test
 from .files import replacing
 from .rows import language_code
 from .scoring import fuse, load_bm25s
+from .text import normalize_text
 
 # %% ../nbs/40_evaluation.ipynb #4aceb6e4
 def _ir_measures():
@@ -249,9 +251,11 @@ def word_tokens(
     text: str,             # any text
     # language code, such as "vi" or "vi-VN"; vi, ar, fa and ur have own rules
     language: str = "en",
+    normalize: Sequence[str] = (),   # steps before that, as a model's; names of `text.STEPS`
 ) -> list[str]:            # terms, repeated as they occur
     "Terms for BM25: case-folded words, with the pairs that the language or the script asks for."
     language = language_code(language)
+    text = normalize_text(text, normalize)
     text = unicodedata.normalize("NFKC", _ARABIC_FORMS.sub("", text)).casefold()
     if language in ("ar", "fa", "ur"): text = ARABIC_SIGNS.sub("", text).translate(ARABIC_LETTERS)
     if language == "ar": text = _ARABIC_ARTICLE.sub("", text)
@@ -272,6 +276,7 @@ def bm25_scores(
     language: str = "vi",              # language code, for `word_tokens`
     k1: float = 1.2,                   # >= 0, how slowly repetition saturates
     b: float = 0.75,                   # 0 to 1, how much length is discounted
+    normalize: Sequence[str] = (),     # steps on all texts, for `word_tokens`
 ) -> np.ndarray:                       # (n_q, n_p) float32, all zeros where a query matches nothing
     """BM25 scores of all queries and passages, in Lucene's form. Raises ValueError if there are
     no queries given."""
@@ -280,12 +285,13 @@ def bm25_scores(
         raise ValueError("bm25_scores needs the queries, or an object with .passages and .queries")
     passages = getattr(passages, "passages", passages)
     scores = np.zeros((len(queries), len(passages)), dtype=np.float32)
-    tokens = [word_tokens(p, language) for p in passages]
+    tokens = [word_tokens(p, language, normalize) for p in passages]
     if not any(tokens): return scores
     index = load_bm25s().BM25(k1=k1, b=b, method="lucene")
     index.index(tokens, show_progress=False)
     for i, query in enumerate(queries):
-        if terms := word_tokens(query, language): scores[i] = index.get_scores(terms)
+        terms = word_tokens(query, language, normalize)
+        if terms: scores[i] = index.get_scores(terms)
     return scores
 
 # %% ../nbs/40_evaluation.ipynb #5094d5ed
@@ -577,14 +583,14 @@ def _fusion_loss(w, mats, relevant, ridge):
     return float(-np.log(hit).mean()) + ridge * w @ w, grad + 2 * ridge * w
 
 # %% ../nbs/40_evaluation.ipynb #973b6339
-def fit_weights(
+def likely_weights(
     scores: dict[str, np.ndarray],  # mode to its (n_q, n_p) matrix, on validation queries
     qrels: list[set[int]],          # the relevant passages of each query
     ridge: float = 0.01,            # λ, strength of the pull towards small, equal weights
 ) -> dict[str, float]:              # mode to weight, >= 0, sum 1
-    """Weights for `fuse` that make the relevant passages likely. Raises ValueError on NaN,
+    """Find the weights that make the relevant passages likely. Raises ValueError on NaN,
     infinity or bad shapes."""
-    if not scores: raise ValueError("fit_weights needs the scores of at least one mode")
+    if not scores: raise ValueError("likely_weights needs the scores of at least one mode")
     mats = [_checked(s, qrels).astype(np.float32) for s in scores.values()]
     for name, m in zip(scores, mats):
         if m.shape != mats[0].shape:
@@ -599,6 +605,41 @@ def fit_weights(
                  bounds=[(0, None)] * len(mats), method="L-BFGS-B").x
     w = (w if w.any() else np.ones(len(mats))) / spread
     return dict(zip(scores, (w / w.sum()).tolist()))
+
+# %% ../nbs/40_evaluation.ipynb #91e10022
+def _held_out_mixture(
+    scores: dict[str, np.ndarray],  # mode to its (n_q, n_p) matrix
+    qrels: list,                    # the relevant passages of each query
+    ridge: float,                   # as for `likely_weights`
+    folds: int,                     # parts of the queries
+) -> np.ndarray:                    # (n_q, n_p)
+    "Mix the scores of each part of the queries by the weights that the other parts give."
+    part = np.random.default_rng(0).permutation(len(qrels)) % folds
+    mixed = np.empty(next(iter(scores.values())).shape, np.float32)
+    for k in range(part.max() + 1):
+        mine, rest = np.flatnonzero(part == k), np.flatnonzero(part != k)
+        weights = likely_weights({m: s[rest] for m, s in scores.items()},
+                                 [qrels[i] for i in rest], ridge)
+        mixed[mine] = fuse({m: s[mine] for m, s in scores.items()}, weights)
+    return mixed
+
+def fit_weights(
+    scores: dict[str, np.ndarray],  # mode to its (n_q, n_p) matrix, on validation queries
+    qrels: list,                    # of each query the relevant passages, or their grades
+    ridge: float = 0.01,            # as for `likely_weights`
+    folds: int = 5,                 # parts of the cross-validation
+) -> dict[str, float]:              # mode to weight, >= 0, sum 1
+    """Find weights for `fuse`: those of the likeliest mixture, or 1 for the best mode and 0 for
+    the others where no mixture is clearly better. Raises ValueError as `likely_weights`."""
+    weights = likely_weights(scores, qrels, ridge)
+    if len(scores) < 2 or len(qrels) < 2: return weights
+    scores = {m: np.asarray(s) for m, s in scores.items()}
+    values = lambda s: evaluate_scores(s, qrels, ("nDCG@10",)).values()
+    single = {m: values(s) for m, s in scores.items()}
+    best = max(single, key=lambda m: single[m].mean())
+    gain = values(_held_out_mixture(scores, qrels, ridge, folds)) - single[best]
+    if gain.mean() > gain.std(ddof=1) / len(gain)**.5: return weights
+    return {m: float(m == best) for m in scores}
 
 # %% ../nbs/40_evaluation.ipynb #4799a3f5
 def validation_metrics(

@@ -9,7 +9,7 @@ __all__ = ['POOLINGS', 'CONFIG_FILE', 'LEXICAL_FILES', 'MULTI_FILE', 'DENSE_HEAD
 
 # %% ../nbs/01_model.ipynb #6f3cd05f
 import json, re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save as serialize
 from torch import nn
 
-from .backbone import check_lfs_pointer, embedded_path, load_backbone, NOT_TENSORS
+from .backbone import (
+    check_lfs_pointer, E5_NORMALIZE, embedded_path, load_backbone, NOT_TENSORS)
 from .files import replace_file, save_directory
+from .text import carries_steps, check_steps, save_tokenizer, set_steps
 
 # %% ../nbs/01_model.ipynb #bb3ba891
 def _find_file(
@@ -68,6 +70,8 @@ class M3Config:
     query_prompt: str = ""    # text put before every query
     passage_prompt: str = ""  # text put before every passage
     max_length: int = 0       # tokens after which a text is truncated; 0: not stated
+    # steps by which the tokenizer normalises texts, names of `text.STEPS`
+    normalize: list = field(default_factory=list)
 
     def __post_init__(self):
         for f in fields(self):
@@ -76,6 +80,7 @@ class M3Config:
         for name, known in (("pooling", POOLINGS), ("lexical", LEXICAL_FILES)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}")
+        self.normalize = check_steps(self.normalize)
         if self.lexical_terms < 1:
             raise ValueError(f"lexical_terms must be at least 1, not {self.lexical_terms}")
         for name, zero in (("multi_dim", "the encoder's width"), ("max_length", "not stated")):
@@ -508,7 +513,7 @@ def save_model(
     projection = model.dense_head
     def write(tmp):
         model.encoder.save_pretrained(tmp)
-        model.tokenizer.save_pretrained(tmp)
+        save_tokenizer(model.tokenizer, tmp)
         for head, file in _head_files(model.config).items():
             state = getattr(model, head).state_dict()
             torch.save({k: v.detach().cpu().contiguous() for k, v in state.items()}, tmp/file)
@@ -639,6 +644,17 @@ def _trained_width(
                          "or start a new head with replace_heads=True")
     return 0 if len(weight) == d else len(weight)
 
+# %% ../nbs/01_model.ipynb #91e10012
+def _set_stated_steps(
+    tokenizer,                  # as loaded; it is changed
+    config: M3Config,           # with the steps that are wanted
+    name_or_path: str | Path,   # directory or hub name of the checkpoint
+):
+    "Let a tokenizer carry the steps of the settings. Raises ValueError if it cannot."
+    stated = (_read_settings(name_or_path, CONFIG_FILE) or {}).get("normalize") or []
+    if stated != config.normalize or stated and not carries_steps(tokenizer):
+        set_steps(tokenizer, config.normalize)
+
 # %% ../nbs/01_model.ipynb #289120d6
 def load_model(
     name_or_path: str | Path = "embedded",  # "embedded", a directory, or "BAAI/bge-m3" on the hub
@@ -656,7 +672,9 @@ def load_model(
     modules = _read_modules(path) if Path(path).is_dir() else []
     folder = modules[0].folder if modules else ""
     encoder, tokenizer = load_backbone(f"{path}/{folder}" if folder else path, dtype=dtype)
+    if embedded and settings.get("normalize") is None: settings["normalize"] = E5_NORMALIZE
     config, d = M3Config.load(path, **settings), encoder.config.hidden_size
+    _set_stated_steps(tokenizer, config, path)
     if most := max_positions(encoder): config.max_length = min(config.max_length, most)
     width = None if replace_heads else _trained_width(path, d, settings.get("multi_dim"))
     if width is not None: config.multi_dim = width

@@ -29,7 +29,7 @@ from .files import set_modes
 from .losses import info_nce
 from .model import (
     default_length, M3Model, pool_states, ProjectionHead, read_tensors, write_tensors)
-from .text import fold
+from .text import fold, save_tokenizer
 
 # %% ../nbs/16_projection.ipynb #a2f0d2e6
 def count_parameters(
@@ -658,7 +658,7 @@ def _write_sentence_files(
     kind = "sentence_transformers.models."
     listed = [{"idx": 0, "name": "0", "path": "", "type": kind + "Transformer"}]
     model.encoder.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
+    save_tokenizer(model.tokenizer, folder)
     for i, (name, settings, tensors) in enumerate(_sentence_modules(model), 1):
         own = f"{i}_{name}"
         listed.append({"idx": i, "name": str(i), "path": own, "type": kind + name})
