@@ -21,13 +21,13 @@ from dataclasses import asdict, dataclass, field
 from datetime import date, datetime
 from hashlib import blake2b
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
 import numpy as np
 from fastcore.basics import patch
 from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from .documents import Chunk, chunk_document, Document
 from .encoding import Embeddings, M3Encoder, model_marks
@@ -130,6 +130,7 @@ def create(self: EmbeddedEngine, settings: dict):
     with _engine_errors(self.place):
         self.shard = self.api.EdgeShard.create(str(points), self.config(settings))
         for name, kind in settings["fields"].items():
+            kind = "keyword" if kind == "bool" else kind
             schema = getattr(self.api.PayloadSchemaType, kind.capitalize())
             self.shard.update(self.api.UpdateOperation.create_field_index(name, schema))
         self.shard.flush()
@@ -298,7 +299,8 @@ def create(self: ServerEngine, settings: dict):
     for name, kind in settings["fields"].items():
         with warnings.catch_warnings():     # the client in memory has no payload indexes
             warnings.simplefilter("ignore", UserWarning)
-            self.call("create_payload_index", name, m.PayloadSchemaType(kind))
+            kind = m.PayloadSchemaType("keyword" if kind == "bool" else kind)
+            self.call("create_payload_index", name, kind)
 
 # %% ../nbs/34_hybrid_index.ipynb #a1a45625
 @patch
@@ -393,7 +395,9 @@ def _any_of(engine, conditions: list):
     return engine.group(should=conditions) if conditions else engine.among([])
 
 def _plain(value):
-    "Write a date as text."
+    "Write dates as text, and truth values as the words true and false."
+    if isinstance(value, list): return [_plain(v) for v in value]
+    if isinstance(value, bool): return str(value).lower()
     return value.isoformat() if isinstance(value, (date, datetime)) else value
 
 def _field_condition(
@@ -569,8 +573,8 @@ def _is_day(value) -> bool:
     except ValueError: return False
 
 FIELD_TYPES = {"keyword": lambda v: type(v) is str, "integer": lambda v: type(v) is int,
-               "float": lambda v: type(v) in (int, float), "bool": lambda v: type(v) is bool,
-               "datetime": _is_day}
+               "float": lambda v: type(v) in (int, float),
+               "bool": lambda v: v in ("true", "false"), "datetime": _is_day}
 
 def check_payload(
     e: Entry,
@@ -1051,14 +1055,15 @@ def main(argv: list[str] | None = None) -> int:
     "Run `bgem3-search`; returns the exit code, 1 with one sentence where it cannot be done."
     a = _parser().parse_args(argv)
     try:
-        kept = open_engine(a.index, a.collection).read_settings()
-        if kept is None: raise IndexProblem(f"{a.index}: there is no index here")
-        encoder = M3Encoder.from_pretrained(a.model or kept["model_name"], new_heads="identity",
-                                            progress=False)
         who = Principal.parse(a.principal) if a.principal is not None else None
-        with HybridIndex(a.index, encoder, a.collection, create=False) as index:
-            hits = index.search(a.question, a.k, who, a.where, a.on,
-                                "document" if a.documents else "chunk")
+        with HybridIndex(a.index, collection=a.collection, create=False) as index:
+            index.count(who, a.where, a.on)     # what is wrong is said before a model is loaded
+            name = a.model or index.settings["model_name"]
+            disable_progress_bar()
+            index.encoder = M3Encoder.from_pretrained(name, new_heads="identity", progress=False)
+            index._compare({})
+            by = "document" if a.documents else "chunk"
+            hits = index.search(a.question, a.k, who, a.where, a.on, by)
             if hits.no_answer: print("no answer: the best hit is below the fitted threshold")
             for n, h in enumerate(hits, 1):
                 print(f"{n}. {h.score:.3f}  {h.id}\n   {' '.join(h.text.split())[:200]}")
