@@ -243,7 +243,8 @@ class ServerEngine:
         client, self.api = _package("qdrant_client"), _package("qdrant_client.models")
         self.place = f"{server if isinstance(server, str) else 'server'}/{collection}"
         if isinstance(server, str):
-            server = client.QdrantClient(url=server, api_key=os.environ.get("QDRANT_API_KEY"))
+            server = client.QdrantClient(url=server, api_key=os.environ.get("QDRANT_API_KEY"),
+                                         check_compatibility=False)
         self.client, self.name = server, collection
 
     def match(self, field, value):
@@ -1057,7 +1058,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         who = Principal.parse(a.principal) if a.principal is not None else None
         with HybridIndex(a.index, collection=a.collection, create=False) as index:
-            index.count(who, a.where, a.on)     # what is wrong is said before a model is loaded
+            if not index.count(who, a.where, a.on):     # this also refuses what is wrong
+                print("nothing found")
+                return 0
             name = a.model or index.settings["model_name"]
             disable_progress_bar()
             index.encoder = M3Encoder.from_pretrained(name, new_heads="identity", progress=False)
@@ -1069,7 +1072,6 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{n}. {h.score:.3f}  {h.id}\n   {' '.join(h.text.split())[:200]}")
                 for line in index.explain(a.question, h.id, who).lines() if a.why else ():
                     print(f"   {line}")
-            if not hits: print("nothing found")
         return 0
     except (ValueError, OSError, ImportError, MemoryError) as e:
         print(f"bgem3-search: {' '.join(str(e).split())}", file=sys.stderr)
