@@ -999,6 +999,7 @@ class NoAnswer:
     threshold: float
     precision: float    # share of its verdicts "no answer" that are right
     recall: float       # share of the questions without an answer that get this verdict
+    refused: float      # share of the questions with an answer that get it too
 
 def judge_no_answer(
     answered: np.ndarray,     # best score of each question with an answer; -inf without a hit
@@ -1008,20 +1009,20 @@ def judge_no_answer(
     "Measure a threshold."
     right, wrong = np.sum(unanswered < threshold), np.sum(answered < threshold)
     return NoAnswer(float(threshold), float(right / max(1, right + wrong)),
-                    float(right / max(1, len(unanswered))))
+                    float(right / len(unanswered)), float(wrong / len(answered)))
 
 def fit_no_answer(
     answered: np.ndarray, unanswered: np.ndarray,   # as for `judge_no_answer`
 ) -> NoAnswer:
-    "Find the threshold with the best F1; of equal ones the lowest."
+    "Find the threshold that tells the two kinds apart best; of equal ones the lowest."
     answered, unanswered = np.asarray(answered, float), np.asarray(unanswered, float)
     if not len(answered) or not len(unanswered):
         raise IndexProblem("questions of both kinds are needed to fit a threshold")
     scores = np.unique(np.concatenate([answered, unanswered]))
     scores = scores[np.isfinite(scores)]
     steps = np.append((scores[1:] + scores[:-1]) / 2, scores[-1:] + 1e-6)
-    def f1(n): return 2 * n.precision * n.recall / max(1e-12, n.precision + n.recall)
-    return max((judge_no_answer(answered, unanswered, t) for t in steps), key=f1)
+    each = [judge_no_answer(answered, unanswered, t) for t in steps]
+    return max(each, key=lambda n: n.recall - n.refused)
 
 @patch
 def keep(self: HybridIndex,
