@@ -968,7 +968,8 @@ class Why:
         e = self.explanation
         parts = [f"{w:.2g} × {m} {e.scores[m]:.3f}" for m, w in self.weights.items()]
         shared = [f"{t.text} {t.share:.0%}" for t in e.terms[:terms]]
-        best = sorted(e.matches, key=lambda m: -m.similarity)[:terms]
+        words = [m for m in e.matches if m.query.part == m.passage.part == "text"]
+        best = sorted(words, key=lambda m: -m.similarity)[:terms]
         pairs = [f"{m.query.word} → {m.passage.word} {m.similarity:.2f}" for m in best]
         return [f"score {self.hit.score:.3f} = {' + '.join(parts)}",
                 f"shared terms: {', '.join(shared) or 'none'}",
