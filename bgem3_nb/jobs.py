@@ -72,12 +72,13 @@ def _notebooks():
     found = {}
     for root in job_roots():
         for path in sorted([*(root / "nbs").glob("*.ipynb"), *root.glob("*.ipynb")]):
-            if "." not in path.stem: found.setdefault(re.sub(r"^\d\d_", "", path.stem), path)
+            if "." not in path.stem: found.setdefault(re.sub(r"^\d\d_(job_)?", "", path.stem), path)
     return found
 
 
 def find_jobs() -> dict[str, Path]:  # name -> notebook, in the order of the files' names
-    "List the jobs: `nbs/52_train.ipynb` is the job `train`."
+    """List the jobs: `nbs/52_train.ipynb` is the job `train`, and so is `nbs/52_job_train.ipynb`,
+    whose page has another name than the job."""
     return {name: path for name, path in _notebooks().items() if is_job(path)}
 
 # %% ../nbs/48_jobs.ipynb #c2c137f4
