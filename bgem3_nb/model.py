@@ -22,6 +22,7 @@ from torch import nn
 
 from .backbone import check_lfs_pointer, embedded_path, load_backbone, NOT_TENSORS
 from .files import replace_file, save_directory
+from .layouts import is_own_card, write_layouts
 
 # %% ../nbs/01_model.ipynb #bb3ba891
 def _find_file(
@@ -504,8 +505,8 @@ def save_model(
     model: M3Model,     # its weights are saved in the precision they have
     path: str | Path,   # directory
 ):
-    "Save a model with its tokenizer in BGE-M3's layout, which `BGEM3FlagModel` opens."
-    projection = model.dense_head
+    "Save a model with its tokenizer in BGE-M3's layout, and for the readers of other libraries."
+    projection, card = model.dense_head, is_own_card(Path(path))
     def write(tmp):
         model.encoder.save_pretrained(tmp)
         model.tokenizer.save_pretrained(tmp)
@@ -516,6 +517,7 @@ def save_model(
             state = {f"head.{k}": v for k, v in projection.state_dict().items()}
             write_tensors(tmp/DENSE_HEAD, state, {"head": projection.settings})
         model.config.save(tmp)
+        write_layouts(model, tmp, default_length(model), card)
     save_directory(path, write)
     if projection is None: (Path(path)/DENSE_HEAD).unlink(missing_ok=True)    # of an older model
 
