@@ -275,6 +275,10 @@ multi = MultiVectorEncoder("{path}/multi_vector").encode_query(["…"])     # 6.
 lexical = SparseEncoder("{path}/sparse", trust_remote_code=True).encode_query(["…"])
 ```
 
+"""
+
+# %% ../nbs/93_layouts.ipynb #93a00023
+_GUIDE_OTHERS = """
 FlagEmbedding has to be told what it does not read from files. {limits}
 
 ```python
@@ -305,7 +309,7 @@ def how_to_open(
     flag = ", ".join(f"{k}={v!r}" for k, v in flag_arguments(model, length).items())
     names = {"cls": "the state of the first token", "last": "the state of the last token",
              "mean": "the mean of the tokens' states"}
-    return _GUIDE.format(length=length, path=path, width=width, flag=flag,
+    return (_GUIDE + _GUIDE_OTHERS).format(length=length, path=path, width=width, flag=flag,
         pooling=names[config.pooling], projected=" after a projection" * (head is not None),
         query=config.query_prompt, passage=config.passage_prompt, limits=_flag_limits(model))
 

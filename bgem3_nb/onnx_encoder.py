@@ -115,41 +115,58 @@ class OnnxEncoder:
         "Open an exported model; the parameters are those of the class."
         return cls(path, **kwargs)
 
-    def tokenize(self,
-        texts: list[str],
-        prompt: str = "",               # put before every text
-        max_length: int | None = None,  # tokens of a text
-    ) -> list[list[int]]:
-        "Get the token ids of every text, truncated. Raises ValueError on a length that cannot be."
-        length, known = max_length or self.max_length, self.settings
-        most = known["positions"] or length
-        if not 2 < length <= most:
-            raise ValueError(f"max_length {length} is not possible: this model has positions "
-                             f"for 3 to {most} tokens")
-        read = [(prompt + t).encode("utf-8", "replace").decode() for t in texts]
-        read = [to_nfc(t) if is_decomposed(t) else t for t in read]
-        ids = [e.ids for e in self.tokenizer.encode_batch_fast(read)]
-        at = known["special_before"] if known["truncate_left"] else length - known["special_after"]
-        over = [max(0, len(i) - length) for i in ids]
-        if longer := sum(o > 0 for o in over):
-            warnings.warn(f"{longer:,} of {len(ids):,} texts are longer than {length} tokens and "
-                          "were truncated", stacklevel=4)
-        return [i[:at] + i[at + o:] if o else i for i, o in zip(ids, over)]
+# %% ../nbs/08_onnx_encoder.ipynb #08a00014
+def _tokenize(self,
+    texts: list[str],
+    prompt: str = "",               # put before every text
+    max_length: int | None = None,  # tokens of a text
+) -> list[list[int]]:
+    "Get the token ids of every text, truncated. Raises ValueError on a length that cannot be."
+    length, known = max_length or self.max_length, self.settings
+    most = known["positions"] or length
+    if not 2 < length <= most:
+        raise ValueError(f"max_length {length} is not possible: this model has positions "
+                         f"for 3 to {most} tokens")
+    read = [(prompt + t).encode("utf-8", "replace").decode() for t in texts]
+    read = [to_nfc(t) if is_decomposed(t) else t for t in read]
+    ids = [e.ids for e in self.tokenizer.encode_batch_fast(read)]
+    at = known["special_before"] if known["truncate_left"] else length - known["special_after"]
+    over = [max(0, len(i) - length) for i in ids]
+    if longer := sum(o > 0 for o in over):
+        warnings.warn(f"{longer:,} of {len(ids):,} texts are longer than {length} tokens and "
+                      "were truncated", stacklevel=4)
+    return [i[:at] + i[at + o:] if o else i for i, o in zip(ids, over)]
 
-    def _run(self, batch, outputs):
-        "Compute the outputs of some texts; a dict for each."
-        n = np.array([len(i) for i in batch])
-        mask = np.arange(n.max()) < n[:, None]
-        ids = np.full(mask.shape, self.settings["pad"], np.int64)
-        ids[mask] = np.concatenate(batch)
-        names = [*outputs]
-        if "lexical" in names and self.settings["lexical"] == "expansion": names.append("terms")
-        feed = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
-        found = dict(zip(names, self.session.run(names, feed)))
-        if "lexical" in found:
-            found["lexical"] = [*zip(found.pop("terms", ids), found["lexical"])]
-        if "multi" in found: found["multi"] = [m[:k - 1] for m, k in zip(found["multi"], n)]
-        return [{k: v[i] for k, v in found.items()} for i in range(len(batch))]
+OnnxEncoder.tokenize = _tokenize
+
+# %% ../nbs/08_onnx_encoder.ipynb #08a00016
+def _nothing(self, outputs):
+    "Make the outputs of no texts."
+    width = {o.name: o.shape[-1] for o in self.session.get_outputs()}
+    out = OnnxEmbeddings()
+    if "dense" in outputs: out.dense = np.zeros((0, width["dense"]), np.float32)
+    if "lexical" in outputs:
+        out.lexical = csr_matrix((0, self.settings["vocabulary"]), dtype=np.float32)
+    if "multi" in outputs:
+        out.multi, out.offsets = np.zeros((0, width["multi"]), np.float32), np.zeros(1, int)
+    return out
+
+def _run(self, batch, outputs):
+    "Compute the outputs of some texts; a dict for each."
+    n = np.array([len(i) for i in batch])
+    mask = np.arange(n.max()) < n[:, None]
+    ids = np.full(mask.shape, self.settings["pad"], np.int64)
+    ids[mask] = np.concatenate(batch)
+    names = [*outputs]
+    if "lexical" in names and self.settings["lexical"] == "expansion": names.append("terms")
+    feed = {"input_ids": ids, "attention_mask": mask.astype(np.int64)}
+    found = dict(zip(names, self.session.run(names, feed)))
+    if "lexical" in found:
+        found["lexical"] = [*zip(found.pop("terms", ids), found["lexical"])]
+    if "multi" in found: found["multi"] = [m[:k - 1] for m, k in zip(found["multi"], n)]
+    return [{k: v[i] for k, v in found.items()} for i in range(len(batch))]
+
+OnnxEncoder._nothing, OnnxEncoder._run = _nothing, _run
 
 # %% ../nbs/08_onnx_encoder.ipynb #08a00010
 def _encode(self,
@@ -167,7 +184,7 @@ def _encode(self,
     for i, t in enumerate(texts):
         if not isinstance(t, str): raise ValueError(f"text {i} is {type(t).__name__}; "
                                                     "every text must be a string")
-    if not texts: raise ValueError("there are no texts to encode")
+    if not texts: return self._nothing(outputs)
     ids = self.tokenize(texts, prompt, max_length)
     lengths, parts, at = np.array([len(i) for i in ids]), {}, 0
     order = np.argsort(-lengths, kind="stable")
