@@ -1,4 +1,4 @@
-"""One saved directory opens right in every installed library: after new heads, training, a projection, merged adapters."""
+"""One saved directory opens right in every installed library: new heads, training, a projection, merged adapters."""
 import json
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""The exported graph gives the model's numbers at any size, in every reading, and opens where torch cannot be imported."""
+"""The exported graph gives the model's numbers at any size and in every reading, and needs no torch to be read."""
 import json
 import os
 import shutil
