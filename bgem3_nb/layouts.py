@@ -250,51 +250,51 @@ def _flag_limits(model) -> str:
 
 # %% ../nbs/93_layouts.ipynb #93a0001a
 _GUIDE = """
-## How to open this model
+    ## How to open this model
 
-`PATH` is this directory on your machine. From the hub, download all of it first
-(`huggingface_hub.snapshot_download`). Texts are truncated after {length} tokens. Queries begin
-with {query!r}, passages with {passage!r}. The dense vector is {pooling}{projected}, {width}
-numbers of length 1. Compare dense vectors by cosine, lexical weights by their dot product, and
-multi-vectors by the mean over the query's tokens of the best match.
+    `PATH` is this directory on your machine. From the hub, download all of it first
+    (`huggingface_hub.snapshot_download`). Texts are truncated after {length} tokens. Queries begin
+    with {query!r}, passages with {passage!r}. The dense vector is {pooling}{projected}, {width}
+    numbers of length 1. Compare dense vectors by cosine, lexical weights by their dot product, and
+    multi-vectors by the mean over the query's tokens of the best match.
 
-```python
-from bgem3_nb import M3Encoder                        # all three outputs at once
-encoder = M3Encoder.from_pretrained("{path}")
-queries, passages = encoder.encode_queries(["…"]), encoder.encode_passages(["…"])
-```
+    ```python
+    from bgem3_nb import M3Encoder                        # all three outputs at once
+    encoder = M3Encoder.from_pretrained("{path}")
+    queries, passages = encoder.encode_queries(["…"]), encoder.encode_passages(["…"])
+    ```
 
-sentence-transformers puts the prompt before a text in `encode_query` and `encode_document`, and
-not in `encode`. The lexical head is a module of this directory, `sparse/lexical_head.py`, which
-is why `trust_remote_code` has to be given.
+    sentence-transformers puts the prompt before a text in `encode_query` and `encode_document`, and
+    not in `encode`. The lexical head is a module of this directory, `sparse/lexical_head.py`, which
+    is why `trust_remote_code` has to be given.
 
-```python
-from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
-dense = SentenceTransformer("{path}").encode_query(["…"])
-multi = MultiVectorEncoder("{path}/multi_vector").encode_query(["…"])     # 6.0 and later
-lexical = SparseEncoder("{path}/sparse", trust_remote_code=True).encode_query(["…"])
-```
+    ```python
+    from sentence_transformers import MultiVectorEncoder, SentenceTransformer, SparseEncoder
+    dense = SentenceTransformer("{path}").encode_query(["…"])
+    multi = MultiVectorEncoder("{path}/multi_vector").encode_query(["…"])     # 6.0 and later
+    lexical = SparseEncoder("{path}/sparse", trust_remote_code=True).encode_query(["…"])
+    ```
 
 """
 
 # %% ../nbs/93_layouts.ipynb #93a00023
 _GUIDE_OTHERS = """
-FlagEmbedding has to be told what it does not read from files. {limits}
+    FlagEmbedding has to be told what it does not read from files. {limits}
 
-```python
-from FlagEmbedding import BGEM3FlagModel
-model = BGEM3FlagModel("{path}", {flag})
-model.encode_queries(["…"], return_dense=True, return_sparse=True, return_colbert_vecs=True)
-```
+    ```python
+    from FlagEmbedding import BGEM3FlagModel
+    model = BGEM3FlagModel("{path}", {flag})
+    model.encode_queries(["…"], return_dense=True, return_sparse=True, return_colbert_vecs=True)
+    ```
 
-PyLate keeps a vector of the first token of each query; leave it out to get the model's own.
+    PyLate keeps a vector of the first token of each query; leave it out to get the model's own.
 
-```python
-from pylate.models import ColBERT
-model = ColBERT("{path}/pylate")
-query = model.encode(["…"], is_query=True, prompt_name="query")[0][1:]
-passage = model.encode(["…"], is_query=False, prompt_name="document")[0]
-```
+    ```python
+    from pylate.models import ColBERT
+    model = ColBERT("{path}/pylate")
+    query = model.encode(["…"], is_query=True, prompt_name="query")[0][1:]
+    passage = model.encode(["…"], is_query=False, prompt_name="document")[0]
+    ```
 """
 
 # %% ../nbs/93_layouts.ipynb #93a0001b
@@ -309,7 +309,8 @@ def how_to_open(
     flag = ", ".join(f"{k}={v!r}" for k, v in flag_arguments(model, length).items())
     names = {"cls": "the state of the first token", "last": "the state of the last token",
              "mean": "the mean of the tokens' states"}
-    return (_GUIDE + _GUIDE_OTHERS).format(length=length, path=path, width=width, flag=flag,
+    guide = "\n\n".join(inspect.cleandoc(part) for part in (_GUIDE, _GUIDE_OTHERS))
+    return guide.format(length=length, path=path, width=width, flag=flag,
         pooling=names[config.pooling], projected=" after a projection" * (head is not None),
         query=config.query_prompt, passage=config.passage_prompt, limits=_flag_limits(model))
 
@@ -343,4 +344,5 @@ def write_layouts(
         _write_sparse(model, root, length)
     write_modules(root, dense_modules(model), about_model(model, "SentenceTransformer"),
                   length)
-    if card: (root/"README.md").write_text(_CARD + how_to_open(model, length), encoding="utf-8")
+    text = f"{_CARD}\n{how_to_open(model, length)}\n"
+    if card: (root/"README.md").write_text(text, encoding="utf-8")

@@ -516,8 +516,8 @@ def save_model(
         if projection is not None:
             state = {f"head.{k}": v for k, v in projection.state_dict().items()}
             write_tensors(tmp/DENSE_HEAD, state, {"head": projection.settings})
-        model.config.save(tmp)
         write_layouts(model, tmp, default_length(model), card)
+        model.config.save(tmp)
     save_directory(path, write)
     if projection is None: (Path(path)/DENSE_HEAD).unlink(missing_ok=True)    # of an older model
 
