@@ -100,12 +100,13 @@ def export_graph(
         program = torch.onnx.export(
             graph, (ids, torch.ones_like(ids)), dynamo=True, opset_version=opset, verbose=False,
             input_names=list(axes), output_names=outputs, dynamic_shapes=axes)
+        for node in program.model.graph: node.metadata_props.clear()    # lines of code, with paths
         size = 4 * sum(p.numel() for p in graph.parameters())
         program.save(file, external_data=size > _MOST)
     return outputs
 
 # %% ../nbs/07_onnx_export.ipynb #07a00011
-BLOCK = 128              # weights that share a scale
+BLOCK = 64               # weights that share a scale
 _SMALL = 4096            # numbers; what is smaller stays as it is
 
 def _tables(
