@@ -531,13 +531,14 @@ def _cpu_flags() -> set[str]:
 def pick_dtype(
     device: str | torch.device,   # where products will run
 ) -> tuple[torch.dtype, str]:     # precision, and why
-    "Pick bf16 where the hardware multiplies it fast, else fp32."
+    "Pick bf16 or fp16, whichever the hardware multiplies fast, else fp32."
     device = torch.device(device)
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         why = f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}"
         if major >= 8: return torch.bfloat16, f"bf16: {why}"
-        return torch.float32, f"fp32: {why}, fast bf16 begins at 8.0"
+        if major >= 7: return torch.float16, f"fp16: {why}, fast bf16 begins at 8.0"
+        return torch.float32, f"fp32: {why}, fast fp16 begins at 7.0"
     if device.type != "cpu": return torch.float32, f"fp32: the safe choice on {device.type}"
     if fast := sorted(_cpu_flags() & {"avx512_bf16", "amx_bf16"}):
         return torch.bfloat16, f"bf16: the processor has {' and '.join(fast)}"

@@ -43,9 +43,9 @@ def check_close(found, wanted, atol):
 def test_fp32_is_the_cpus(gpu, texts, wanted): check_close(gpu.encode(texts), wanted, 1e-4)
 
 
-def test_bf16_is_near(texts, wanted):
-    found = encoder_on("cuda", torch.bfloat16).encode(texts)
-    assert M3Encoder(M3Model.from_pretrained("embedded", new_heads="identity")).dtype == torch.bfloat16
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near(texts, wanted, dtype):
+    found = encoder_on("cuda", dtype).encode(texts)
     assert (found.dense * wanted.dense).sum(1).min() > .999
     assert (found.multi * wanted.multi).sum(1).mean() > .999
 
@@ -134,6 +134,18 @@ def test_gradients_are_the_cpus(tmp_path, cached):
     for name, g in wanted.items(): torch.testing.assert_close(found[name], g, rtol=1e-3, atol=1e-5 * largest, msg=name)
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_gradients_in_fp16_are_near(tmp_path, cached):
+    wanted, _, _ = gradients(tmp_path / "cpu")
+    found, _, _ = gradients(tmp_path / "cuda", use_cpu=False, cached=cached, precision="fp16")
+    off = sum((found[n] - g).square().sum() for n, g in wanted.items()).sqrt()
+    assert off < .02 * sum(g.square().sum() for g in wanted.values()).sqrt()
+
+
+def test_one_process_trains_on_one_gpu(tmp_path):
+    assert trainer(tmp_path, use_cpu=False).args.n_gpu == 1
+
+
 def test_dropout_is_the_same_in_both_passes(tmp_path):
     "Cached gradients run each chunk twice; the second pass has the random numbers of the first."
     once, loss, _ = gradients(tmp_path / "a", use_cpu=False, cached=True, dropout=True)
@@ -143,7 +155,7 @@ def test_dropout_is_the_same_in_both_passes(tmp_path):
     for name, g in whole.items(): torch.testing.assert_close(once[name], g, rtol=1e-3, atol=1e-5 * largest, msg=name)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_resumed_run_ends_like_one_that_never_stopped(tmp_path, precision):
     "But for the order in which a GPU adds: two runs that never stop differ by as much."
     settings = dict(max_steps=9, use_cpu=False, precision=precision, dropout=True, cached=True,
@@ -166,8 +178,9 @@ def test_a_resumed_run_ends_like_one_that_never_stopped(tmp_path, precision):
         if a.is_floating_point(): torch.testing.assert_close(a, b, rtol=0, atol=atol, msg=name)
 
 
-def test_the_loss_falls(tmp_path):
-    settings = dict(precision="bf16", cached=True, learning_rate=3e-3, save_strategy="no")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_loss_falls(tmp_path, precision):
+    settings = dict(precision=precision, cached=True, learning_rate=3e-3, save_strategy="no")
     run = trainer(tmp_path, max_steps=30, use_cpu=False, **settings)
     run.train()
     losses = [h["loss"] for h in run.state.log_history if "loss" in h]
