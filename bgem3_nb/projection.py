@@ -564,7 +564,8 @@ class TopLayers(nn.Module):
         try:
             below = M3Encoder(model, max_length=max_length, dtype=dtype, progress=False,
                               device=next(model.parameters()).device)
-            self.dtype = below.dtype
+            half = below.dtype == torch.float16    # gradients would underflow without a scaler
+            self.dtype = torch.float32 if half else below.dtype
             for name, (texts, prompt) in sides.items():
                 states, offsets = _lower_states(below, texts, prompt, progress)
                 self.register_buffer(name, states.to(below.device), persistent=False)
