@@ -4,6 +4,7 @@ __version__ = "0.0.1"
 # What a user meets first. Nothing is imported until it is asked for, so `import bgem3_nb` stays light.
 _PUBLIC = {
     "M3Encoder": "encoding", "EncoderPool": "encoding", "Embeddings": "encoding", "BGEM3FlagModel": "flag_model",
+    "OnnxEncoder": "onnx_encoder", "export_onnx": "onnx_export",
     "explain": "scoring", "span_embeddings": "granularity",
     "encode_corpus": "store", "EmbeddingStore": "store", "search": "store",
     "M3Model": "model", "M3Config": "model",

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from .backbone import (
     cpu_thread_pool, PackedEncoder, pick_device, pick_dtype, TextTokenizer)
+from . import layouts
 from .model import default_length, M3Model, max_positions, OUTPUTS
 
 # %% ../nbs/02_encoding.ipynb #5cdf72da
@@ -670,6 +671,14 @@ def words(self: M3Encoder,
     rows = [zip(lexical.indices[a:b].tolist(), lexical.data[a:b].tolist())
             for a, b in zip(lexical.indptr, lexical.indptr[1:])]
     return [[(name(t), w) for t, w in sorted(row, key=lambda x: (-x[1], x[0]))] for row in rows]
+
+# %% ../nbs/02_encoding.ipynb #2ee00002
+@patch
+def how_to_open(self: M3Encoder,
+    path: str = "my_model",   # where the model was saved
+) -> str:                     # Markdown, with code for each library
+    "Say how each library opens this encoder's saved model."
+    return layouts.how_to_open(self.model, self.max_length, path)
 
 # %% ../nbs/02_encoding.ipynb #9d12b25b
 _worker = {}   # what a process of the pool holds: its encoder, or the error that kept it from one

@@ -71,5 +71,8 @@ def save_directory(
         set_modes(tmp)
         if not path.exists(): os.replace(tmp, path)
         else:
-            for f in sorted(tmp.iterdir()): os.replace(f, path/f.name)
+            for f in sorted(f for f in tmp.rglob("*") if f.is_file()):
+                place = path/f.relative_to(tmp)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(f, place)
     finally: shutil.rmtree(tmp, ignore_errors=True)

@@ -23,6 +23,7 @@ from torch import nn
 from .backbone import (
     check_lfs_pointer, E5_NORMALIZE, embedded_path, load_backbone, NOT_TENSORS)
 from .files import replace_file, save_directory
+from .layouts import is_own_card, write_layouts
 from .text import carries_steps, check_steps, save_tokenizer, set_steps
 
 # %% ../nbs/01_model.ipynb #bb3ba891
@@ -509,8 +510,8 @@ def save_model(
     model: M3Model,     # its weights are saved in the precision they have
     path: str | Path,   # directory
 ):
-    "Save a model with its tokenizer in BGE-M3's layout, which `BGEM3FlagModel` opens."
-    projection = model.dense_head
+    "Save a model with its tokenizer in BGE-M3's layout, and for the readers of other libraries."
+    projection, card = model.dense_head, is_own_card(Path(path))
     def write(tmp):
         model.encoder.save_pretrained(tmp)
         save_tokenizer(model.tokenizer, tmp)
@@ -520,6 +521,7 @@ def save_model(
         if projection is not None:
             state = {f"head.{k}": v for k, v in projection.state_dict().items()}
             write_tensors(tmp/DENSE_HEAD, state, {"head": projection.settings})
+        write_layouts(model, tmp, default_length(model), card)
         model.config.save(tmp)
     save_directory(path, write)
     if projection is None: (Path(path)/DENSE_HEAD).unlink(missing_ok=True)    # of an older model

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors.torch import save
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
@@ -26,6 +25,7 @@ from tqdm.auto import tqdm
 
 from .encoding import M3Encoder
 from .files import set_modes
+from .layouts import about_model, dense_modules, write_modules
 from .losses import info_nce
 from .model import (
     default_length, M3Model, pool_states, ProjectionHead, read_tensors, write_tensors)
@@ -622,29 +622,6 @@ class M3WithHead(M3Model):
         for part in (self.encoder, self.lexical_head, self.multi_head): part.requires_grad_(False)
         for part in (head, *stack[len(stack) - train_layers:]): part.requires_grad_(True)
 
-# %% ../nbs/16_projection.ipynb #65d93eb4
-def _sentence_modules(
-    model: M3WithHead,  # a model with a head
-) -> list[tuple]:       # (class of sentence-transformers, its settings, its tensors)
-    "Describe the dense part of the model as modules after the Transformer."
-    head = model.dense_head
-    if head is None:
-        raise ValueError("this model has no projection head; "
-                         "put one on it with M3WithHead(model, head)")
-    d_in, d_out, bias, layer_norm = head.settings.values()
-    poolings = {"cls_token": "cls", "mean_tokens": "mean", "lasttoken": "last"}
-    pooling = {f"pooling_mode_{k}": model.config.pooling == v for k, v in poolings.items()}
-    modules = [("Pooling", {"word_embedding_dimension": d_in, **pooling}, {})]
-    if bias or layer_norm: modules.append(("Normalize", {}, {}))
-    dense = {"in_features": d_in, "out_features": d_out, "bias": bias,
-             "activation_function": "torch.nn.modules.linear.Identity"}
-    linear = {f"linear.{k}": v for k, v in head.linear.state_dict().items()}
-    modules.append(("Dense", dense, linear))
-    if layer_norm:
-        norm = {f"norm.{k}": v for k, v in head.norm.state_dict().items()}
-        modules.append(("LayerNorm", {"dimension": d_out}, norm))
-    return [*modules, ("Normalize", {}, {})]
-
 # %% ../nbs/16_projection.ipynb #b6dd42cb
 def _write_sentence_files(
     model: M3WithHead,   # a model with a head
@@ -676,7 +653,7 @@ def _write_sentence_files(
 
 # %% ../nbs/16_projection.ipynb #b1e40c7d
 def export_sentence_transformers(
-    model: M3WithHead,         # a model with a head
+    model: M3Model,            # with a projection or without
     path: str | Path,          # directory; an earlier export there is replaced
     max_length: int | None = None,  # tokens to truncate to; None: as in `M3Encoder`
 ):
@@ -689,7 +666,10 @@ def export_sentence_transformers(
     tmp = path.with_name(f".{path.name}-{secrets.token_hex(4)}.tmp")
     tmp.mkdir()
     try:
-        _write_sentence_files(model, tmp, max_length)
+        model.encoder.save_pretrained(tmp)
+        model.tokenizer.save_pretrained(tmp)
+        write_modules(tmp, dense_modules(model), about_model(model, "SentenceTransformer"),
+                      max_length or default_length(model))
         set_modes(tmp)
         if path.exists(): shutil.rmtree(path)
         tmp.rename(path)

@@ -102,8 +102,10 @@ def test_export_does_not_touch_what_is_not_an_export(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="holds something else"):
         export_sentence_transformers(M3WithHead(model, ProjectionHead(32, 8)), tmp_path / "mine")
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
-    with pytest.raises(ValueError, match="no projection head"): export_sentence_transformers(model, tmp_path / "none")
-    assert {p.name for p in tmp_path.iterdir()} == {"mine"}
+    export_sentence_transformers(model, tmp_path / "plain")                      # no projection is needed
+    listed = json.loads((tmp_path / "plain" / "modules.json").read_text(encoding="utf-8"))
+    assert [m["path"] for m in listed] == ["", "1_Pooling", "2_Normalize"]
+    assert {p.name for p in tmp_path.iterdir()} == {"mine", "plain"}
 
 
 @pytest.mark.parametrize("layers,dtype,atol",
