@@ -24,8 +24,9 @@ def long_description():
 
 
 extras = {k.removesuffix("_requirements"): requirements(k) for k in cfg if k.endswith("_requirements")}
-extras["all"] = sorted({r for k, needs in extras.items() if k != "dev" for r in needs})
-extras["dev"] = sorted({*extras["dev"], *extras["all"]})
+extras["all"] = sorted({r for k, needs in extras.items() if k not in ("book", "dev") for r in needs})
+extras["book"] = sorted({*extras["book"], *extras["all"]})
+extras["dev"] = sorted({*extras["dev"], *extras["book"]})
 
 
 JOB_FILES = {"params": ["*.yaml"], "chains": ["*.yaml"],   # and the data that defaults and parameter files name

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from configparser import ConfigParser
+from importlib import metadata
 
 import pytest
 from conftest import REPO
@@ -131,6 +132,38 @@ def test_no_path_of_a_machine_in_a_committed_file():
     found = [f"{f.relative_to(REPO)}:{n}: {m[0]}" for f in project_files() if f.suffix in TEXT
              for n, line in enumerate(f.read_text(encoding="utf-8").splitlines(), 1) if (m := pattern.search(line))]
     assert found == []
+
+
+def distributions(names):
+    "Installed distributions by name, and all that they need."
+    found, todo = set(), [re.match(r"[\w.-]+", n)[0] for n in names]
+    while todo:
+        name = re.sub(r"[-_.]+", "-", todo.pop()).lower()
+        if name in found: continue
+        found.add(name)
+        try: needs = metadata.requires(name) or []
+        except metadata.PackageNotFoundError: continue
+        todo += [re.match(r"[\w.-]+", n)[0] for n in needs if "extra ==" not in n]
+    return found
+
+
+def test_a_page_installs_what_it_imports():
+    "The cell that Colab runs is the same on every page, and the extra `book` has every package that a cell imports."
+    cells = {name: [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+             for name, path in [*chapters().items(), ("start", REPO / "nbs" / "start.ipynb")]}
+    assert len({"".join(own[0]["source"]) for own in cells.values()}) == 1
+    asked = [r for k, v in CONFIG.items() if k == "requirements" or k.endswith("_requirements") and k != "dev_requirements"
+             for r in v.split()]
+    there, of = distributions(asked), metadata.packages_distributions()
+    for name, own in cells.items():
+        for c in own[1:]:
+            lines = [line for line in "".join(c["source"]).splitlines() if not line.lstrip().startswith(("!", "%"))]
+            for node in ast.walk(ast.parse("\n".join(lines))):
+                modules = [a.name for a in node.names] if isinstance(node, ast.Import) else (
+                    [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])
+                for top in {m.split(".")[0] for m in modules} - set(sys.stdlib_module_names) - {"bgem3_nb"}:
+                    homes = {re.sub(r"[-_.]+", "-", d).lower() for d in of.get(top, [])}
+                    assert not homes or homes & there, f"{name} imports {top}, which the extra book lacks"
 
 
 def test_extras_are_declared():
