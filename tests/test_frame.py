@@ -152,8 +152,7 @@ def test_a_page_installs_what_it_imports():
     cells = {name: [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
              for name, path in [*chapters().items(), ("start", REPO / "nbs" / "start.ipynb")]}
     assert len({"".join(own[0]["source"]) for own in cells.values()}) == 1
-    asked = [r for k, v in CONFIG.items() if k == "requirements" or k.endswith("_requirements") and k != "dev_requirements"
-             for r in v.split()]
+    asked = [r for k, v in CONFIG.items() if k.endswith("requirements") and k != "dev_requirements" for r in v.split()]
     there, of = distributions(asked), metadata.packages_distributions()
     for name, own in cells.items():
         for c in own[1:]:
