@@ -16,9 +16,9 @@ STEADY = dict(learning_rate=0, lexical_learning_rate=0, multi_learning_rate=0)
 WATCHED = dict(eval_strategy="steps", eval_steps=1, save_strategy="no", metric_for_best_model="dense_R@1")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    "So small a model is slower on two."
+    "So small a model is slower on two; and the runs that are compared bit by bit have as many."
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
