@@ -13,7 +13,8 @@ from pathlib import Path
 import nbformat
 
 root = Path(__file__).parent.parent
-HIDDEN = re.compile(r"^#\|\s*(hide|echo:\s*false|include:\s*false)\b", re.M)
+HIDDEN = re.compile(r"^#\|\s*(hide|include:\s*false)\b", re.M)
+SILENT = re.compile(r"^#\|\s*echo:\s*false\b", re.M)   # outputs without their code
 
 
 def text_of(output):
@@ -33,13 +34,14 @@ def readme():
     for cell in nbformat.read(source, as_version=4).cells:
         if cell.cell_type == "markdown": parts.append(re.sub(r"(\]\(|src=\")(?!\w+:|[/#])", r"\1nbs/", cell.source))
         if cell.cell_type != "code" or HIDDEN.search(cell.source): continue
-        parts.append("```python\n" + "\n".join(line for line in cell.source.splitlines()
-                                               if not line.startswith("#|")) + "\n```")
+        code = "\n".join(line for line in cell.source.splitlines() if not line.startswith("#|"))
+        if not SILENT.search(cell.source): parts.append(f"```python\n{code}\n```")
         for output in cell.outputs:
             if picture := output.get("data", {}).get("image/png"):
                 name = f"nbs/images/readme_{len(pictures) + 1}.png"
                 pictures[name] = base64.b64decode(picture)
-                parts.append(f"![]({name})")
+                alt = re.search(r"^#\|\s*fig-alt:\s*\"?(.*?)\"?$", cell.source, re.M)
+                parts.append(f"![{alt[1] if alt else ''}]({name})")
             elif text := text_of(output): parts.append(text)
     return "\n\n".join(p for p in parts if p.strip()).replace("```{mermaid}", "```mermaid") + "\n", pictures
 
