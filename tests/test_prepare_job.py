@@ -176,5 +176,5 @@ def test_a_model_writes_queries_for_a_source(server, tmp_path, launch):
     assert asked and asked <= {p for r in train for p in r["pos"]}
     written = {r["query"] for r in train if r["query_type"] in ("question", "keywords")}
     possible = {f"{kind} about {text}" for text in asked for kind in ("question", "keywords")}
-    assert len(possible) / 2 < len(written) and written <= possible     # those that only repeat a short verse are not taken
+    assert len(possible) / 2 < len(written) and written <= possible   # not those that repeat a verse
     assert any(r["query_type"] not in ("question", "keywords") for r in train)      # the source's own rows stay
