@@ -180,6 +180,9 @@ def without_widgets(site):
         page.write_text(WIDGETS.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
+HOME = ("index.ipynb", "index_vi.ipynb")   # the first page, and the same in Vietnamese
+
+
 def reading_order(nbs):
     "The parts of the book and their pages, as `sidebar.yml` lists them: {part: [file]}."
     sidebar = yaml.safe_load((nbs / "sidebar.yml").read_text(encoding="utf-8"))
@@ -196,7 +199,7 @@ def out_of_order(nbs):
             if name.endswith(".ipynb") and name not in there]
     prose = {name: ["".join(c["source"]) for c in json.loads((nbs / name).read_text(encoding="utf-8"))["cells"]
                     if c["cell_type"] == "markdown"] for name in there}
-    chapters = [name for name in order if name in prose and name != "index.ipynb"]
+    chapters = [name for name in order if name in prose and name not in HOME]
     first_page = "\n".join(prose.get("index.ipynb", ()))
     bad += [f"the first page does not lead to {name}" for name in chapters if f"]({name})" not in first_page]
     for name, following in zip(chapters, [*chapters[1:], None]):
