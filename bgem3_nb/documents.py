@@ -590,7 +590,7 @@ STRUCTURE = structure_pattern()
 class Part(NamedTuple):
     "Hold what a line says about the structure of a law or of a book."
     rank: int    # 0 the law; 1 Phần, كتاب; 2 Chương, باب; 3 Mục, فصل; 4 Tiểu mục; 5 Điều, حديث
-    end: int     # of the heading in the line; the text of the part may follow on the same line
+    end: int     # end of the heading in the line; the text of the part may follow it
     bare: bool   # a number and no title yet: the next line may be the title
 
 def part_of(
@@ -718,7 +718,7 @@ def _first_said(values):
 # %% ../nbs/25_documents.ipynb #5612d3d0
 class WordStyles:
     "Look up what the styles of a Word file say."
-    def __init__(self, root):   # of word/styles.xml, or None
+    def __init__(self, root):   # root of word/styles.xml, or None
         styles = [] if root is None else root.findall(_W + "style")
         self.of = {s.get(_W + "styleId"): s for s in styles}
         usual = [s.get(_W + "styleId") for s in styles
@@ -857,7 +857,7 @@ def word_sign(
 # %% ../nbs/25_documents.ipynb #a7150015
 class WordText:
     "Read the text of a Word file's elements, and keep the notes that follow them."
-    def __init__(self, file=None):   # of python-docx
+    def __init__(self, file=None):   # file of python-docx
         parse_xml = parser("docx.oxml").parse_xml
         rels = [] if file is None else [r for r in file.part.rels.values() if not r.is_external]
         parts = {r.reltype.rpartition("/")[2]: r.target_part.blob for r in rels}

@@ -153,7 +153,7 @@ RULE_MEASURES = {   # {rule: function that makes its measure of passages and kno
 @dataclass
 class NegativeStudy:
     "Hold rows, corpus and truth, and how negatives are mined and counted."
-    rows: Dataset                   # training rows, with only the labelled positives
+    rows: Dataset                   # training rows, with only the labeled positives
     data: RetrievalSet              # the same rows as queries and a corpus
     hidden: set[tuple[int, int]]    # pairs of a query and a hidden positive
     origins: list[str]              # source of each passage
@@ -213,7 +213,7 @@ def rule_limits(
     study: NegativeStudy,
     found: FoundCandidates,
 ) -> dict[str, float]:   # {rule: limit}
-    "Calibrate the limits on the labelled queries, or return those of the study."
+    "Calibrate the limits on the labeled queries, or return those of the study."
     if not (study.labelled and study.hidden): return dict(study.rules)
     sample = found.sample(20, "0-20", "top", 1).pairs
     sample = sample[sample["query"] < study.labelled].reset_index(drop=True)

@@ -308,7 +308,7 @@ def _known_pair(columns):
     return [c for c, in found] if [*map(len, found)] == [1, 1] else None
 
 def _labelled_columns(columns):
-    "Return (query, passage, label) of labelled pairs; None without a label, or beside negatives."
+    "Return (query, passage, label) of labeled pairs; None without a label, or beside negatives."
     lower = {c.lower(): c for c in columns}
     label = next((lower[name] for name in _LABEL_NAMES if name in lower), None)
     is_negative = lambda c: ALIASES.get(c, c) == "neg" or NUMBERED_NEGATIVE.fullmatch(c)
@@ -401,7 +401,7 @@ def _rows_by_query(pairs, keys, good, source, ids=None, query_ids=None, nfc=True
 
 # %% ../nbs/23_formats.ipynb #b6640f19
 def _load_labelled_pairs(path, columns, labels, nfc, rejected):
-    "Return the collection of labelled pairs: one row for each query."
+    "Return the collection of labeled pairs: one row for each query."
     labels, counts, notes = _checked_labels(labels), {}, []
     kinds = dict(zip(columns, ("filled", "filled", "label")))
     pairs = _one_table(_read_records(path, kinds, counts, rejected, notes=notes), kinds)
@@ -443,7 +443,7 @@ def _label_notes(meanings, value, path, column):
 # %% ../nbs/23_formats.ipynb #6a1e084a
 def _load_sentence_transformers(path, rejected, labels=None, rename=None, ignore=(), nfc=True,
                                 **options):
-    "Return the collection of a file whose columns count by their order, or of labelled pairs."
+    "Return the collection of a file whose columns count by their order, or of labeled pairs."
     ignore = [ignore] if isinstance(ignore, str) else list(ignore)
     rename = dict(rename or {})
     columns = [c for c in _first_columns(path) if c not in ignore]

@@ -185,7 +185,7 @@ class RetrievalSet:
     passage_ids: list[str]  # (n_p,) first id of each passage
     qrels: list[set[int]]   # (n_q,) positions of the relevant passages in `passages`
     aliases: dict[str, int] = field(default_factory=dict, repr=False)  # id of a passage -> position
-    domains: list[str] = field(default_factory=list, repr=False)  # (n_q,) of the query's first row
+    domains: list[str] = field(default_factory=list, repr=False)  # (n_q,) domain of each query
     grades: list[dict[int, float]] = field(default_factory=list, repr=False)  # position -> grade
 
     @property
