@@ -463,7 +463,7 @@ def _read_reply(reply, most):
         return Answer(text or "", finish, *(int(n or m) for n, m in zip(counted, most)),
                       as_count(usage.get("cost")))
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise BrokenAnswer(f"the reply is no chat completion: {reply[:120]!r}") from None
+        raise BrokenAnswer(f"the reply is not a chat completion: {reply[:120]!r}") from None
 
 # %% ../nbs/26_queries.ipynb #6982e62a
 def rough_tokens(

@@ -141,7 +141,7 @@ def split_rows(
 ) -> dict[str, Dataset]:                     # "train", "valid" and "test", together all rows
     "Divide rows into three parts. Raises ValueError with the existing values for an unknown one."
     if by not in LABELS:
-        raise ValueError(f"by={by!r} is no label to split by; "
+        raise ValueError(f"by={by!r} is not a label to split by; "
                          f"it must be one of {', '.join(LABELS)}")
     in_test = _held_out(rows, by, test, "test", f"{seed} test")
     rest = np.flatnonzero(~in_test)
