@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CORPORA', 'HUB', 'OPTION_KINDS', 'FORMAT_OPTIONS', 'FORMATS', 'Collection', 'read_passages',
-           'WeightConfig', 'negative_weights', 'fill_weights', 'skipped_above', 'check_options', 'Format',
-           'detect_format', 'check_format', 'load_data', 'save_data']
+           'stream_passages', 'WeightConfig', 'negative_weights', 'fill_weights', 'skipped_above', 'check_options',
+           'Format', 'detect_format', 'check_format', 'load_data', 'save_data']
 
 # %% ../nbs/23_formats.ipynb #ca9af3db
 import csv
@@ -14,7 +14,7 @@ import math
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from hashlib import blake2b
@@ -697,6 +697,28 @@ def _joined_passages(tables, files):
     table = _one_table(tables, _PASSAGE_FIELDS)
     columns = {name: table[name] for name in ("title", "language", "source", "domain")}
     return pa.table({"id": table["_id"], "text": _titled_texts(table), **columns})
+
+# %% ../nbs/23_formats.ipynb #23c0b032
+def stream_passages(
+    path: str | Path,                 # a file of passages, or a directory of them
+    rejected: Rejected | None = None, # takes bad passages; None stops at the first
+) -> Iterator[tuple[str, str]]:       # id and text
+    "Yield passages one by one; raise `RowError` with file and line."
+    path = Path(path)
+    files = _data_files(path) if path.is_dir() else [path]
+    if not files: raise RowError("the directory holds no file of passages", path)
+    for file in files:
+        for table in _read_records(file, _PASSAGE_FIELDS, {}, rejected, _PASSAGE_ALIASES):
+            texts = _titled_texts(table).to_pylist()
+            for id, text, line in zip(table["_id"].to_pylist(), texts, table["line"].to_pylist()):
+                if text.strip(): yield id or f"{file.stem}-{line}", text
+                else: _reject_blank({"_id": id, "text": text}, file, line, rejected)
+
+def _reject_blank(row, file, line, rejected):
+    "Set a passage without a text aside, or raise a RowError."
+    what = "neither a text nor a title; fill one in, or remove the passage"
+    if rejected is None: raise RowError(what, file, line, "text")
+    rejected.add(row, what, file, line, "text")
 
 # %% ../nbs/23_formats.ipynb #9f3f2f33
 _LABEL_FIELDS = dict.fromkeys((*LABELS, "prompt"), "text") | {"language": "language"}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MULTI_DTYPES', 'pack_vectors', 'unpack_vectors', 'fingerprint', 'shard_file', 'EmbeddingStore', 'store_settings',
-           'locked_store', 'ShardTexts', 'encode_shard', 'StoreWriter', 'encode_corpus', 'search']
+           'locked_store', 'ShardTexts', 'embed_shard', 'encode_shard', 'StoreWriter', 'encode_corpus', 'search']
 
 # %% ../nbs/41_store.ipynb #9966a35d
 import json
@@ -354,15 +354,22 @@ class ShardTexts:
     texts: list[str]
     keys: np.ndarray   # keys of the texts, which tell whether a shard holds them
 
-def encode_shard(
+def embed_shard(
     encoder: M3Encoder,
     shard: ShardTexts,
-    settings: dict,      # of the store, as `store_settings` gives them
-):
-    "Encode the texts of a shard and write it. Raises ValueError where a number is not finite."
+    settings: dict,           # of the store, as `store_settings` gives them
+) -> tuple[Embeddings, int]:  # and how many texts were truncated
+    "Encode the texts of a shard. Raises ValueError where a number is not finite."
     how = {k: settings[k] for k in ("prompt", "outputs", "max_length")}
     e, longer = encoder.encode_counted(shard.texts, **how)
     _refuse_damaged(e, shard.first)
+    return e, longer
+
+def encode_shard(
+    encoder: M3Encoder, shard: ShardTexts, settings: dict,   # as for `embed_shard`
+):
+    "Encode the texts of a shard and write it. Raises ValueError as `embed_shard`."
+    e, longer = embed_shard(encoder, shard, settings)
     _write_shard(shard.file, e, shard.keys, settings["multi_dtype"], longer)
 
 # %% ../nbs/41_store.ipynb #41d0ab03

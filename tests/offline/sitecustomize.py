@@ -6,10 +6,22 @@ inherit it. It does not see code that opens sockets without Python's `socket` mo
 """
 import os
 import socket
+import struct
 import sys
 from ipaddress import ip_address
 
-LOCAL = {None, "", "localhost", socket.gethostname()}
+
+def own_addresses():
+    "The IPv4 addresses of this machine: a server of its own may be reached by them too (Linux)."
+    try: from fcntl import ioctl
+    except ImportError: return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for _, name in socket.if_nameindex():
+            try: yield socket.inet_ntoa(ioctl(s, 0x8915, struct.pack("256s", name.encode()[:15]))[20:24])
+            except OSError: pass   # an interface without an address
+
+
+LOCAL = {None, "", "localhost", socket.gethostname(), *own_addresses()}
 
 
 def is_local(host):
