@@ -185,8 +185,8 @@ def test_throttled_for_too_long_fails_with_the_time_asked(server, ask):
 @pytest.mark.parametrize("action, reason",
                          [("slow 9", "within 1.5 s (2 times)"), ("hangup", "no connection"), ("half", "no connection"),
                           ("status 500", "status 500"),
-                                            ("html", "no chat completion: '<html>"),
-                          ("brokenbody", "no chat completion"), ("error200", "provider down")])
+                                            ("html", "not a chat completion: '<html>"),
+                          ("brokenbody", "not a chat completion"), ("error200", "provider down")])
 def test_on_the_way(server, ask, tmp_path, action, reason):
     "Trouble once is repeated; trouble for ever is a failure with its reason, and no paid answer."
     server.script = {"p0": [action], "p1": [action] * 9}

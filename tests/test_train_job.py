@@ -94,7 +94,7 @@ def check_report(run):
     assert config.keys() == job_params(find_jobs()["train"]).keys() - aside
     assert (config["replace_heads"], config["search_length"]) == (True, 60)
     page = (run / "train.html").read_text(encoding="utf-8")
-    parameter = page.index("tokens of a text in search</td>")
+    parameter = page.index("number of tokens to which texts are truncated in search</td>")
     assert page.index("came out") < parameter < page.index("The model before training")
     assert "<details><summary>Code</summary>" in page
     check_questions(run, page)
