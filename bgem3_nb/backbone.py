@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LAYER_PARTS', 'E5_PROMPTS', 'E5_NORMALIZE', 'NOT_TENSORS', 'cache_dir', 'dequantise', 'E5File', 'embedded_file',
            'xlmr_state', 'xlmr_config', 'nmt_nfkc', 'xlmr_tokenizer', 'is_complete_conversion', 'convert_embedded',
-           'embedded_path', 'check_lfs_pointer', 'load_backbone', 'TextTokenizer', 'pick_device', 'pick_dtype',
-           'PackedEncoder', 'cpu_thread_pool']
+           'embedded_path', 'check_lfs_pointer', 'load_backbone', 'TextTokenizer', 'pad_batch', 'pick_device',
+           'resolve_device', 'pick_dtype', 'PackedEncoder', 'cpu_thread_pool']
 
 # %% ../nbs/00_backbone.ipynb #68111483
 import json, os, re, secrets, shutil, struct, threading, time, unicodedata
@@ -376,23 +376,36 @@ def _check_lfs_pointers(
         files = next(filter(None, (sorted(path.glob(p)) for p in patterns)), [])
         for file in files: check_lfs_pointer(file)
 
+# %% ../nbs/00_backbone.ipynb #09b00002
+def _encoder_class(
+    config,   # of a checkpoint
+):            # a class of transformers
+    "Find the class that loads an encoder, without the decoder that T5 and its kind have."
+    from transformers import (
+        AutoModel, AutoModelForTextEncoding, MODEL_FOR_TEXT_ENCODING_MAPPING)
+    own = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    half = own is not None and own.__name__.endswith("EncoderModel")
+    return AutoModelForTextEncoding if half else AutoModel
+
 # %% ../nbs/00_backbone.ipynb #55d9d140
 def _load_encoder(
-    name: str,                  # directory or hub name
-    attn_implementation: str,   # as transformers names it
+    name: str,                         # directory or hub name
+    attn_implementation: str | None,   # as transformers names it; None: its own choice
 ):
     "Load the encoder without a pooler where its class can do without. Raises ValueError."
-    from transformers import AutoModel
-    load = dict(attn_implementation=attn_implementation, output_loading_info=True,
-                trust_remote_code=False)
-    try: encoder, info = AutoModel.from_pretrained(name, add_pooling_layer=False, **load)
+    from transformers import AutoConfig
+    load = dict(output_loading_info=True, trust_remote_code=False)
+    if attn_implementation: load["attn_implementation"] = attn_implementation
+    kind = _encoder_class(AutoConfig.from_pretrained(name, trust_remote_code=False))
+    try: encoder, info = kind.from_pretrained(name, add_pooling_layer=False, **load)
     except TypeError:      # this class has no such argument
-        encoder, info = AutoModel.from_pretrained(name, **load)
+        encoder, info = kind.from_pretrained(name, **load)
     missing = sorted(k for k in info["missing_keys"] if "pooler" not in k)
     if missing:
         raise ValueError(f"{len(missing)} weights are not in the checkpoint, such as {missing[0]}")
     if encoder.config.is_encoder_decoder:
         raise ValueError("this is an encoder with a decoder, not an encoder")
+    if not hasattr(encoder, "embeddings"): encoder.config.use_cache = False    # of a decoder
     return encoder
 
 def _check_tokenizer(
@@ -412,7 +425,7 @@ def load_backbone(
     name_or_path: str | Path = "embedded",  # "embedded", a directory, or a hub name
     dtype: torch.dtype = torch.float32,     # of the weights
     device: str | torch.device = "cpu",     # where the encoder goes
-    attn_implementation: str = "sdpa",      # as transformers names it
+    attn_implementation: str | None = None,   # as transformers names it; None: its own choice
 ) -> tuple:                                 # (encoder without a pooler, in eval mode; tokenizer)
     "Load an encoder and its tokenizer. Raises ValueError, in one sentence, where there is none."
     from transformers import AutoTokenizer
@@ -423,6 +436,8 @@ def load_backbone(
         encoder = _load_encoder(name, attn_implementation)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         _check_tokenizer(tokenizer, encoder)
+        if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token   # of decoders
+        tokenizer.padding_side = "right"
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as e:
         why = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
         if "weights_only" in str(e): why = f"its weights are {NOT_TENSORS}"
@@ -464,6 +479,7 @@ class TextTokenizer:
     ):
         self.tokenizer, self.backend = tokenizer, None
         self.left = tokenizer.truncation_side == "left"
+        self.nothing = [tokenizer.eos_token_id or 0]     # an empty text without special tokens
         if tokenizer.is_fast:
             self.backend = _text_backend(tokenizer.backend_tokenizer)
             self.composing = _text_backend(tokenizer.backend_tokenizer, composing=True)
@@ -485,7 +501,7 @@ class TextTokenizer:
         else:
             read = lambda t: self.tokenizer(t, split_special_tokens=True, verbose=False)
             ids = [read(t)["input_ids"] for t in texts]
-        kept = [self.truncate(i, max_length or len(i)) for i in ids]
+        kept = [self.truncate(i, max_length or len(i)) or self.nothing for i in ids]
         return kept, sum(len(a) < len(b) for a, b in zip(kept, ids))
 
 # %% ../nbs/00_backbone.ipynb #f9b63a0b
@@ -516,11 +532,28 @@ def encode(self: TextTokenizer,
     spaced = reader.encode(" " * removed + text[removed:]) if removed else found
     return spaced if spaced.ids == found.ids else found
 
+# %% ../nbs/00_backbone.ipynb #09b00004
+def pad_batch(
+    ids: list[list[int]],    # token ids of each text
+    tokenizer,               # of transformers, for its padding token
+) -> dict:                   # "input_ids" and "attention_mask", (b, n) each
+    "Put the token ids of texts into one batch."
+    def padded(rows, value):
+        return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True, value)
+    return {"input_ids": padded(ids, tokenizer.pad_token_id or 0),
+            "attention_mask": padded([[1] * len(i) for i in ids], 0)}
+
 # %% ../nbs/00_backbone.ipynb #9ecf55d6
 def pick_device() -> torch.device:
     "Pick the best device there is: CUDA, then Apple's MPS, then the CPU."
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+def resolve_device(
+    device: str | torch.device | None = None,   # such as "cuda"; None: the best there is
+) -> torch.device:                              # with its number, as in "cuda:0"
+    "Say which device is meant, once: another thread may make another GPU the current one."
+    return torch.empty(0, device=pick_device() if device is None else device).device
 
 def _cpu_flags() -> set[str]:
     "List this processor's instruction sets, as far as they can be known."

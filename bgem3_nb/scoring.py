@@ -329,16 +329,22 @@ class Explanation:
     tokens: tuple[list[Token], list[Token]]  # of query and passage
     scores: dict[str, float]         # mode to score
     terms: list[Term]                # shared terms, largest product first
-    similarities: np.ndarray         # (query tokens - 1, passage tokens - 1), first tokens left out
+    similarities: np.ndarray         # (query tokens, passage tokens), without special first tokens
     dense: np.ndarray | None         # (query tokens, passage tokens), their sum is the dense score;
                                      # None: only the total is known
 
     @property
+    def skipped(self) -> int:
+        "How many tokens at the beginning have no vector: 1, or 0 where none is special."
+        return len(self.tokens[0]) - len(self.similarities)
+
+    @property
     def matches(self) -> list[Match]:
         "The best match of every query token that has a vector, in the order of the query."
-        best, (queries, passages) = self.similarities.argmax(1), self.tokens
+        best = self.similarities.argmax(1)
+        queries, passages = (side[self.skipped:] for side in self.tokens)
         found = [(i, j, float(self.similarities[i, j])) for i, j in enumerate(best)]
-        return [Match(queries[i + 1], passages[j + 1], s, s / len(best)) for i, j, s in found]
+        return [Match(queries[i], passages[j], s, s / len(best)) for i, j, s in found]
 
     def heatmap(self,
         columns: int = 40,   # most passage tokens shown
@@ -367,8 +373,8 @@ def contributions(self: Explanation,
     sides = [np.zeros(len(t)) for t in self.tokens]
     if mode == "multi":
         best, top = self.similarities.argmax(1), self.similarities.max(1) / len(self.similarities)
-        sides[0][1:] = top
-        np.add.at(sides[1], best + 1, top)
+        sides[0][self.skipped:] = top
+        np.add.at(sides[1], best + self.skipped, top)
     for side, tokens in zip(sides, self.tokens if mode == "lexical" else ()):
         ids = np.array([t.id for t in tokens])
         for t in self.terms: side[ids == t.id] = t.product / max(1, (ids == t.id).sum())
@@ -411,8 +417,9 @@ def explain(
                    key=lambda x: (-x[1], x[0]))                             # as `words` sorts
     terms = [Term(t, name, float(q.lexical[0, t]), float(p.lexical[0, t]), x, x / shared.sum())
              for (t, x), (name, _) in zip(order, encoder.words(shared)[0])]
-    if config.pooling == "mean":
-        a, b = (_dense_contributions(h, encoder.model.dense_head) for h in hidden)
+    head = encoder.model.dense_head
+    if config.pooling == "mean" and (head is None or head.is_linear):
+        a, b = (_dense_contributions(h, head) for h in hidden)
         dense = (a @ b.T).numpy()
     return Explanation(texts, prompts, tokens, scores, terms, q.multi @ p.multi.T, dense)
 
@@ -426,7 +433,7 @@ def draw_matches(
     brackets the tokens of a prompt.
     """
     from matplotlib.pyplot import Rectangle, close, subplots
-    sims, (queries, passages) = e.similarities, e.tokens
+    sims, (queries, passages) = e.similarities, [side[e.skipped:] for side in e.tokens]
     kept = np.sort(np.argsort(-sims.max(0), kind="stable")[:columns])
     def label(t):                                          # a $ would begin a formula
         return (f"[{t.text}]" if t.part == "prompt" else t.text).replace("$", r"\$")
@@ -435,9 +442,9 @@ def draw_matches(
     for i, j in enumerate(sims.argmax(1)):
         for at in np.flatnonzero(kept == j):
             ax.add_patch(Rectangle((at - .5, i - .5), 1, 1, fill=False, ec="#c33", lw=2))
-    ax.set_xticks(range(len(kept)), [label(passages[j + 1]) for j in kept], rotation=60,
+    ax.set_xticks(range(len(kept)), [label(passages[j]) for j in kept], rotation=60,
                   ha="right", rotation_mode="anchor", fontsize=9)
-    ax.set_yticks(range(len(sims)), [label(t) for t in queries[1:]], fontsize=9)
+    ax.set_yticks(range(len(sims)), [label(t) for t in queries], fontsize=9)
     fig.colorbar(image, ax=ax, pad=.02, aspect=12).ax.tick_params(labelsize=8)
     fig.tight_layout()
     close(fig)
