@@ -24,7 +24,7 @@ def layer_stack(
 ) -> nn.ModuleList:       # the layers, the lowest first
     "Find the layers of an encoder. Raises ValueError where it has none of their own."
     number = encoder.config.num_hidden_layers
-    shared = getattr(encoder.config, "num_hidden_groups", number) < number       # as ALBERT has them
+    shared = getattr(encoder.config, "num_hidden_groups", number) < number    # as ALBERT has them
     lists = [m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == number]
     if shared or not lists:
         raise ValueError(f"an encoder of the family {encoder.config.model_type} has no layers "
@@ -79,8 +79,8 @@ def tiny_tokenizer(
     roles = dict(zip(kind.get(first, ("bos", "eos")), (first, last))) | {"pad": pad}
     if first == "<s>": roles |= {"bos": first, "eos": last}
     given = {f"{role}_token": name for role, name in roles.items() if name}
-    side = "right" if first else "left"
-    return PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>", padding_side=side, **given)
+    given["padding_side"] = "right" if first else "left"
+    return PreTrainedTokenizerFast(tokenizer_object=t, unk_token="<unk>", **given)
 
 # %% ../nbs/09_encoders.ipynb #09a0000f
 def tiny_checkpoint(
