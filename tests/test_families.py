@@ -367,3 +367,9 @@ def test_a_search_on_a_device_gives_the_same_bits(case, monkeypatch):
     assert (found.passages == wanted.passages).all() and (found.scores == wanted.scores).all()
     assert asked == ([50] if case == "nearly alike" else [])       # the processor is asked where too many are near
 
+
+
+def test_an_instruction_that_leaves_no_room_for_the_query_is_refused(checkpoint, tmp_path):
+    model = load(checkpoint("Qwen3"), "Qwen3", query_prompt="Instruct: find what answers the question\nQuery: ")
+    with pytest.raises(ValueError, match="query_length is 16, and query_prompt alone has .* tokens"):
+        train(model, tmp_path, query_length=16)
