@@ -270,7 +270,8 @@ def out_of_memory(at):
     return hook
 
 
-@pytest.mark.parametrize("cached, at, backward", [(False, 1, False), (False, 3, True), (False, 4, False), (True, 3, True)])
+@pytest.mark.parametrize("cached, at, backward", [
+    (False, 1, False), (False, 3, True), (False, 4, False), (True, 3, True)])
 def test_the_gradient_is_the_same_in_halved_chunks(cached, at, backward, checkpoint, tmp_path, capsys):
     settings = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, cached=cached, chunk_tokens=128,
                     max_grad_norm=0)
