@@ -8,7 +8,7 @@ __all__ = ['PAPER_WEIGHTS', 'dense_scores', 'lexical_scores', 'check_model', 'ch
            'read_tokens', 'Term', 'Match', 'Explanation', 'explain', 'draw_matches']
 
 # %% ../nbs/03_scoring.ipynb #660b1056
-import sys
+import sys, warnings
 from copy import deepcopy
 from dataclasses import dataclass
 from html import escape
@@ -39,7 +39,9 @@ def _lexical_on(
     weights[torch.from_numpy(row), torch.from_numpy(column)] = torch.from_numpy(q.data).float()
     p = csr_matrix(p[:, terms], dtype=np.float32)
     arrays = (torch.from_numpy(a) for a in (p.indptr, p.indices, p.data))
-    shared = torch.sparse_csr_tensor(*arrays, p.shape, check_invariants=False).to(device)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+        shared = torch.sparse_csr_tensor(*arrays, p.shape, check_invariants=False).to(device)
     return (shared @ weights.T.to(device)).T.cpu().numpy()
 
 # %% ../nbs/03_scoring.ipynb #be57c8ef
