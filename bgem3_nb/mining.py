@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import torch
 from datasets import Dataset
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
