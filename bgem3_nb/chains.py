@@ -114,8 +114,11 @@ def plan_chain(
         if s.name in plans:
             raise JobError(f"{s.places['job']}: the step {s.name!r} comes twice; give it a `name`")
         params = {k: _fill_steps(v, folders, s.places[k]) for k, v in s.params.items()}
-        typed = [(k, _fill_steps(text, folders, f"-p {s.name}.{k}")) for k, text in words[s.name]]
-        plans[s.name] = plan_job(s.job, s.files, typed, params, out/s.name, s.places)
+        plan = plan_job(s.job, s.files, words[s.name], params, out/s.name, s.places)
+        for word in dict(words[s.name]):
+            key = word.partition(".")[0]
+            plan.values[key] = _fill_steps(plan.values[key], folders, f"-p {s.name}.{word}")
+        plans[s.name] = plan
         folders[s.name] = out/s.name
     return Chain(file, out, plans)
 

@@ -2,6 +2,7 @@
 import json
 
 from conftest import REPO
+from test_queries import server  # noqa: F401 (a fixture)
 
 
 def rows(path):
@@ -160,3 +161,20 @@ def test_queries_for_rows_without_a_corpus_and_for_passages_alone(tmp_path, laun
         assert done.returncode == 0, done.stderr
         assert "write_queries needs passages" not in done.stderr
         assert any(r["query_type"] == "thematic" for r in rows(tmp_path/f"run_{types[1:4]}"/"train.jsonl"))
+
+
+def test_a_model_writes_queries_for_a_source(server, tmp_path, launch):
+    "The passages of the Quran's rows go to an endpoint, a real HTTP server; what it wrote joins the rows."
+    endpoint = {"model": "m", "base_url": server.url, "key_env": "", "price_in": 0, "price_out": 0}
+    done = launch("prepare", "-p", "data", "quran", "-p", "max_rows", "12", "-p", "write_queries", "llm", "-p", "near",
+                  "0", "-p", "endpoint", json.dumps(endpoint), "-p", "query_options",
+                  '{"types": ["question", "keywords"], "language": "ar"}', "-p", "valid", "0", "--out", "run",
+                  "--no-progress")
+    assert done.returncode == 0, done.stderr
+    train = rows(tmp_path/"run"/"train.jsonl")
+    asked = {text for text, *_ in server.seen}
+    assert asked and asked <= {p for r in train for p in r["pos"]}
+    written = {r["query"] for r in train if r["query_type"] in ("question", "keywords")}
+    possible = {f"{kind} about {text}" for text in asked for kind in ("question", "keywords")}
+    assert len(possible) / 2 < len(written) and written <= possible   # not those that repeat a verse
+    assert any(r["query_type"] not in ("question", "keywords") for r in train)      # the source's own rows stay

@@ -99,8 +99,7 @@ def house_rules():
 
 def notebooks():
     "Every cell of every chapter runs and its tests hold, each chapter in a process of its own; jobs are run below."
-    def test(name): return call(bin / "nbdev_test", "--path", root / "nbs" / name, "--n_workers", "0", quiet=True)
-    side_by_side(test, sorted(p.name for p in (root / "nbs").glob("*.ipynb")))
+    call(sys.executable, "tools/notebooks.py", SIDE_BY_SIDE, *sorted((root / "nbs").glob("*.ipynb")))
 
 
 def processes_and_files():
