@@ -27,6 +27,7 @@ from datasets import Dataset
 from scipy.optimize import LinearConstraint, linprog, milp
 from tqdm.auto import tqdm
 
+from .figures import BLUE, PALE, RED
 from .files import replacing
 from .rows import (
     LABELS, gather_rows, language_code, row_batches, rows_from, SCHEMA, TEXT)
@@ -204,7 +205,7 @@ def _bars(columns, top=8, marks=None):
              for c, series in columns.items()}
     heights = [max(2, len(v)) for v in shown.values()]
     bars = sum(heights) * max(1, max(map(len, columns.values())) * .8)
-    fig, axes = subplots(len(columns), 1, height_ratios=heights, squeeze=False, dpi=72,
+    fig, axes = subplots(len(columns), 1, height_ratios=heights, squeeze=False,
                          figsize=(6, 0.21 * bars + .55 * len(heights)), layout="constrained")
     close(fig)                                                        # returned to be shown once
     for ax, (column, series) in zip(axes[:, 0], columns.items()):
@@ -213,10 +214,10 @@ def _bars(columns, top=8, marks=None):
             total = max(1, sum(values.values()))
             ax.barh(at + (i - (len(series) - 1) / 2) * width,
                     [values.get(v, 0) / total for v in shown[column]], width * .92, label=name,
-                    color=("#b9c3cc", "#2a6fbb")[i] if len(series) > 1 else "#2a6fbb")
+                    color=(PALE, BLUE)[i] if len(series) > 1 else BLUE)
         for j, v in enumerate(shown[column]):
             if (column, v) in (marks or {}):
-                ax.plot([marks[column, v]] * 2, [j - .45, j + .45], color="#c0392b", lw=1.8,
+                ax.plot([marks[column, v]] * 2, [j - .45, j + .45], color=RED, lw=1.8,
                         label="target" if not ax.lines else None)
         ax.set_yticks(at, [(v or "(empty)")[:32] for v in shown[column]], parse_math=False)
         ax.invert_yaxis()
@@ -486,7 +487,7 @@ class BalanceReport:
         with replacing(stats) as temporary:
             temporary.write_text(json.dumps(self.to_dict(), ensure_ascii=False, indent=2) + "\n",
                                  encoding="utf-8")
-        with replacing(figure) as temporary: self.plot().savefig(temporary, format="png")
+        with replacing(figure) as temporary: self.plot().savefig(temporary, format="png", dpi=192)
         return [stats, figure]
 
     def __repr__(self): return "\n".join(self.statements + [self.table().to_string(index=False)])

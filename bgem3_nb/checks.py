@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from .balance import _taken, identify_languages
 from .documents import legacy_encoding
+from .figures import BLUE, GREEN, INK, ORANGE, RED
 from .files import replacing
 from .readers import read_rows
 from .rows import (
@@ -606,7 +607,7 @@ def _table(report):
 # %% ../nbs/28_checks.ipynb #b04a6cfc
 def _kinds_panel(ax, counts):
     "Draw a bar for each kind; red leaves by itself."
-    colours = ["#c0392b" if k in REJECT else "#d9822b" for k in counts]
+    colours = [RED if k in REJECT else ORANGE for k in counts]
     bars = ax.barh(list(counts), list(counts.values()), color=colours)
     ax.bar_label(bars, [f"{n:,}" for n in counts.values()], padding=3, fontsize=8)
     if counts:
@@ -620,7 +621,7 @@ def _lengths_panel(ax, lengths):
     low = min((v.min() for v in lengths.values()), default=1)
     high = max((v.max() for v in lengths.values()), default=2)
     edges = np.geomspace(low, high + 1, 40)
-    for (name, v), colour in zip(lengths.items(), ("#2a6fbb", "#3a9d5d", "#d9822b")):
+    for (name, v), colour in zip(lengths.items(), (BLUE, GREEN, ORANGE)):
         ax.stairs(np.histogram(v, edges)[0] / len(v), edges, lw=1.6, color=colour, label=name)
     ax.set_xscale("log")
     ax.set_title("lengths in characters", fontsize=10, loc="left")
@@ -632,10 +633,10 @@ def _sizes_panel(ax, sizes, minimum, recommended):
     "Draw sizes as bars: red below the minimum, orange below what is recommended."
     for i, (name, have) in enumerate(sizes.items()):
         low, good = minimum.get(name, 0), recommended.get(name, 0)
-        colour = "#3a9d5d" if have >= good else "#d9822b" if have >= low else "#c0392b"
+        colour = GREEN if have >= good else ORANGE if have >= low else RED
         ax.barh(i, have, height=.55, color=colour)
         for mark, style in ((low, ":"), (good, "-")):
-            ax.plot([mark] * 2, [i - .38, i + .38], style, color="#222", lw=1.6)
+            ax.plot([mark] * 2, [i - .38, i + .38], style, color=INK, lw=1.6)
     ax.set_yticks(range(len(sizes)), [f"{k.replace('_', ' ')}\n{v:,}" for k, v in sizes.items()])
     ax.set_xscale("symlog", linthresh=10)
     ax.set_xlim(0)
@@ -645,7 +646,7 @@ def _sizes_panel(ax, sizes, minimum, recommended):
 def _draw(report):
     "Draw three panels: kinds, lengths, sizes against what is recommended."
     from matplotlib.pyplot import close, subplots
-    fig, axes = subplots(1, 3, figsize=(12, 3.2), dpi=72, layout="constrained",
+    fig, axes = subplots(1, 3, figsize=(9.6, 2.8), layout="constrained",
                          width_ratios=[1.15, 1, 1])
     close(fig)
     _kinds_panel(axes[0], dict(sorted(report.counts.items(), key=lambda p: p[1])))

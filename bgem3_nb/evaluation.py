@@ -28,6 +28,7 @@ from fastcore.basics import patch
 from scipy.optimize import minimize
 from scipy.stats import bootstrap, permutation_test
 
+from .figures import BLUE, GREY
 from .files import replacing
 from .rows import language_code
 from .scoring import fuse, load_bm25s
@@ -394,9 +395,9 @@ def plot_intervals(
     "Draw each mean as a dot and its 95 % interval as a line. Returns the axes."
     from matplotlib.pyplot import subplots
     names = list(dict.fromkeys([*before, *(after or {})]))
-    if ax is None: _, ax = subplots(figsize=(5, 1 + .4 * len(names)), dpi=72)
-    groups = [(before, labels[0], "tab:gray", -.14 if after else 0)] + (
-        [(after, labels[1], "tab:blue", .14)] if after else [])
+    if ax is None: _, ax = subplots(figsize=(5, 1 + .4 * len(names)))
+    groups = [(before, labels[0], GREY, -.14 if after else 0)] + (
+        [(after, labels[1], BLUE, .14)] if after else [])
     for evals, label, color, shift in groups:
         y = [names.index(n) + shift for n in evals]
         mean = [e.mean(metric) for e in evals.values()]

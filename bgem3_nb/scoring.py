@@ -21,6 +21,7 @@ from fastcore.basics import patch
 
 from .backbone import cpu_thread_pool
 from .encoding import check_texts, Embeddings, M3Encoder, read_states, warn_truncated
+from .figures import RED
 from .model import OUTPUTS, ProjectionHead
 from .text import with_marks
 
@@ -430,11 +431,11 @@ def draw_matches(
     kept = np.sort(np.argsort(-sims.max(0), kind="stable")[:columns])
     def label(t):                                          # a $ would begin a formula
         return (f"[{t.text}]" if t.part == "prompt" else t.text).replace("$", r"\$")
-    fig, ax = subplots(figsize=(1.8 + .24 * len(kept), 1.1 + .24 * len(sims)), dpi=72)
+    fig, ax = subplots(figsize=(1.8 + .24 * len(kept), 1.1 + .24 * len(sims)))
     image = ax.imshow(sims[:, kept], cmap="Blues", aspect="auto", vmin=sims.min() - .05)
     for i, j in enumerate(sims.argmax(1)):
         for at in np.flatnonzero(kept == j):
-            ax.add_patch(Rectangle((at - .5, i - .5), 1, 1, fill=False, ec="#c33", lw=2))
+            ax.add_patch(Rectangle((at - .5, i - .5), 1, 1, fill=False, ec=RED, lw=2))
     ax.set_xticks(range(len(kept)), [label(passages[j + 1]) for j in kept], rotation=60,
                   ha="right", rotation_mode="anchor", fontsize=9)
     ax.set_yticks(range(len(sims)), [label(t) for t in queries[1:]], fontsize=9)

