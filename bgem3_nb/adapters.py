@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .encoding import M3Encoder
+from .encoders import embedding_part, layer_stack
 from .losses import info_nce, lexical_matrix
 from .model import M3Model, OUTPUTS
 
@@ -25,7 +26,7 @@ def check_layers(
     layers: int,   # number of lowest layers to freeze
 ) -> list:         # those layers
     "List the lowest layers of the encoder. Raises ValueError if there are too few."
-    stack = model.encoder.encoder.layer
+    stack = layer_stack(model.encoder)
     if layers > len(stack):
         raise ValueError(f"freeze_layers is {layers}, but the encoder has {len(stack)} layers")
     return list(stack[:layers])
@@ -38,11 +39,12 @@ def freeze(
 ):
     "Freeze some parts, and let all others learn. Raises ValueError if there are too few layers."
     model.requires_grad_(True)
-    frozen = [model.encoder.embeddings] if embeddings else []
+    frozen = [embedding_part(model.encoder)] if embeddings else []
     if layers > 0: frozen += check_layers(model, layers)
     if layers == -1: frozen.append(model.encoder)
     if "lexical" not in modes: frozen.append(model.lexical_head)
     if "multi" not in modes: frozen.append(model.multi_head)
+    if "dense" not in modes and model.dense_head is not None: frozen.append(model.dense_head)
     for part in frozen: part.requires_grad_(False)
 
 # %% ../nbs/13_adapters.ipynb #99e63a5d
@@ -54,8 +56,8 @@ def parameter_groups(
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     def chosen(prefix, decayed):
         return [p for n, p in named if n.startswith(prefix) and (p.ndim > 1) == decayed]
-    rates = {"encoder.": args.learning_rate, "lexical_head.": args.lexical_learning_rate,
-             "multi_head.": args.multi_learning_rate}
+    rates = {"encoder.": args.learning_rate, "dense_head.": args.learning_rate,
+             "lexical_head.": args.lexical_learning_rate, "multi_head.": args.multi_learning_rate}
     groups = [{"params": chosen(prefix, decayed), "lr": lr,
                "weight_decay": args.weight_decay * decayed}
               for prefix, lr in rates.items() for decayed in (True, False)]
@@ -77,6 +79,9 @@ def add_lora(
     "Put adapters beside all linear layers of the encoder. Raises ImportError without peft."
     peft = find_peft()
     linear = {n.split(".")[-1] for n, m in model.encoder.named_modules() if type(m) is nn.Linear}
+    if not linear:
+        raise ValueError(f"lora_rank={rank}: this encoder ({model.encoder.config.model_type}) has "
+                         "no linear layer of torch to put adapters beside; set lora_rank=0")
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(linear))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

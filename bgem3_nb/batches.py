@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import Dataset, Sampler
 
-from .backbone import TextTokenizer
+from .backbone import pad_batch, TextTokenizer
 from .encoding import token_batches
 from .model import M3Model, OUTPUTS
 
@@ -201,10 +201,8 @@ class M3Collator:
         "Tokenize texts into padded chunks; the second value is the order of the texts in them."
         ids, _ = self.text_tokenizer(texts, length)
         chunks = token_batches(np.array([len(i) for i in ids]), self.chunk_tokens)
-        def padded(chunk):
-            inputs = {"input_ids": [ids[i] for i in chunk]}
-            return dict(self.tokenizer.pad(inputs, return_tensors="pt"))
-        return [padded(chunk) for chunk in chunks], [i for chunk in chunks for i in chunk]
+        padded = [pad_batch([ids[i] for i in chunk], self.tokenizer) for chunk in chunks]
+        return padded, [i for chunk in chunks for i in chunk]
 
     def __call__(self,
         examples: list[dict],   # training examples from `TrainingRows`

@@ -73,9 +73,8 @@ def norm_importance(
     "Compute the length of each multi-vector before it is normalized."
     head = model.multi_head
     with torch.inference_mode():
-        parts = [
-            head(s[1:].to(head.weight.device, head.weight.dtype)).float().norm(dim=-1).cpu().numpy()
-            for s in states]
+        own = (s[model.skipped:].to(head.weight.device, head.weight.dtype) for s in states)
+        parts = [head(s).float().norm(dim=-1).cpu().numpy() for s in own]
     return np.concatenate([np.zeros(0, np.float32), *parts])
 
 # %% ../nbs/05_compression.ipynb #c693d60a
@@ -89,10 +88,11 @@ def lexical_importance(
     if emb.lexical is None:
         raise ValueError('these embeddings have no lexical weights; encode with '
                          'outputs=("lexical", "multi")')
-    if [len(i) - 1 for i in ids] != counts.tolist():
+    skipped = {len(i) - n for i, n in zip(ids, counts.tolist())}    # a special token, or none
+    if len(ids) != len(counts) or skipped not in (set(), {0}, {1}):
         raise ValueError("the token ids do not fit the vectors; use the same prompt and "
                          "max_length, before any token is dropped or merged")
-    tokens = np.array([t for i in ids for t in i[1:]], np.int64)
+    tokens = np.array([t for i in ids for t in i[max(skipped, default=0):]], np.int64)
     return np.asarray(emb.lexical[np.repeat(np.arange(len(counts)), counts), tokens],
                       np.float32).ravel()
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDING_PARTS', 'FAMILIAR', 'WINDOW', 'row_numbers', 'Embeddings', 'token_batches', 'lexical_rows', 'mean_states',
-           'read_states', 'check_container', 'check_texts', 'warn_truncated', 'is_out_of_memory', 'TokenBudget',
-           'model_marks', 'refuse_familiar', 'M3Encoder', 'EncoderPool']
+           'read_states', 'check_container', 'check_texts', 'warn_truncated', 'is_out_of_memory', 'free_cache',
+           'TokenBudget', 'model_marks', 'refuse_familiar', 'M3Encoder', 'EncoderPool']
 
 # %% ../nbs/02_encoding.ipynb #d6fd8354
 import os, tempfile, warnings
@@ -25,7 +25,7 @@ from scipy.sparse import csr_matrix, vstack
 from tqdm.auto import tqdm
 
 from .backbone import (
-    cpu_thread_pool, PackedEncoder, pick_device, pick_dtype, TextTokenizer)
+    cpu_thread_pool, PackedEncoder, pad_batch, pick_dtype, resolve_device, TextTokenizer)
 from . import layouts
 from .model import default_length, M3Model, max_positions, OUTPUTS
 
@@ -206,14 +206,21 @@ def mean_states(
 # %% ../nbs/02_encoding.ipynb #ca408112
 def _pool_packed(
     hidden: torch.Tensor,    # (tokens, d), the states of several texts, end to end
-    lengths: torch.Tensor,   # (n,) tokens of each
-    pooling: str,            # "cls", "mean" or "last"
+    lengths: torch.Tensor,   # (n,) tokens of each, at least 1
+    pooling: str,            # one of `POOLINGS`
 ) -> torch.Tensor:           # (n, d), not normalised
     "Make one vector per text from its hidden states."
     ends = lengths.cumsum(0)
     if pooling == "cls": return hidden[ends - lengths]
     if pooling == "last": return hidden[ends - 1]
-    return mean_states(hidden, lengths)
+    if pooling == "mean": return mean_states(hidden, lengths)
+    owner = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)
+    if pooling == "max":
+        largest = hidden.new_full((len(lengths), hidden.shape[1]), float("-inf"))
+        return largest.scatter_reduce(0, owner[:, None].expand_as(hidden), hidden, "amax")
+    place = torch.arange(len(hidden), device=hidden.device) - (ends - lengths)[owner]
+    weights = 2 * (place + 1) / (lengths + 1)[owner]          # of mean 1 in every text
+    return mean_states(hidden * weights[:, None], lengths)
 
 # %% ../nbs/02_encoding.ipynb #163eef75
 def _lexical_packed(
@@ -252,11 +259,12 @@ def read_states(
         out.dense = model.dense(pooled).cpu().numpy()
     if "lexical" in outputs: out.lexical = _lexical_packed(model, hidden, ids, owner)
     if "multi" in outputs:
-        first = lengths.cumsum(0) - lengths
-        kept = torch.ones(len(hidden), dtype=torch.bool, device=device).index_fill_(0, first, False)
+        kept = torch.ones(len(hidden), dtype=torch.bool, device=device)
+        if model.skipped: kept[lengths.cumsum(0) - lengths] = False
         vectors = model.multi_head(hidden[kept]).float()
         out.multi = torch.nn.functional.normalize(vectors, dim=-1).cpu().numpy()
-        out.offsets = np.concatenate([[0], np.cumsum(lengths.cpu().numpy() - 1)]).astype(np.int64)
+        counts = lengths.cpu().numpy() - model.skipped
+        out.offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
     return out
 
 # %% ../nbs/02_encoding.ipynb #d7087d4a
@@ -299,7 +307,10 @@ _NO_MEMORY = ("can't allocate memory",             # torch
               "could not create a primitive",      # oneDNN
               "could not create a memory object",
               "CUDA error: out of memory",         # CUDA
-              "CUBLAS_STATUS_ALLOC_FAILED")        # cuBLAS
+              "CUBLAS_STATUS_ALLOC_FAILED",        # cuBLAS
+              "CUDNN_STATUS_ALLOC_FAILED",         # cuDNN
+              "MPS backend out of memory",         # Apple
+              "Invalid buffer size")               # Apple, one tensor beyond all memory
 
 def is_out_of_memory(
     error: BaseException,   # what a batch raised
@@ -307,6 +318,12 @@ def is_out_of_memory(
     "Check whether an error says that memory ran out, on the device or on the host."
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
     return isinstance(error, RuntimeError) and any(m in str(error) for m in _NO_MEMORY)
+
+def free_cache(
+    device: torch.device,   # where memory ran out
+):
+    "Give memory back that the allocator of a device keeps for later."
+    if device.type in ("cuda", "mps"): getattr(torch, device.type).empty_cache()
 
 # %% ../nbs/02_encoding.ipynb #ac60f7d2
 @dataclass
@@ -362,7 +379,8 @@ FAMILIAR = {   # argument of other libraries -> what is said here
     "passage_max_length": "max_length", "pooling_method": "pooling",
     "trust_remote_code": "nothing: a checkpoint's own code is never run",
     "cache_dir": "the environment variable HF_HOME", "cache_folder": "the variable HF_HOME",
-    "model_kwargs": "dtype= and device=", "tokenizer_kwargs": "max_length=",
+    "model_kwargs": "dtype=, weights_dtype=, attn_implementation= and device=",
+    "tokenizer_kwargs": "max_length=",
 }
 _USUAL = {"normalize_embeddings": True, "output_value": "sentence_embedding",
           "precision": "float32", "trust_remote_code": False}
@@ -394,7 +412,7 @@ class M3Encoder:
         compile: bool = False,             # use `torch.compile`: slow to start, for work on a GPU
         progress: bool = True,             # show a bar on long work
     ):
-        self.device = torch.device(device or pick_device())
+        self.device = resolve_device(device)
         self.dtype = dtype or pick_dtype(self.device)[0]
         self.model, self.tokenizer = model.to(self.device), model.tokenizer
         self.text_tokenizer = TextTokenizer(model.tokenizer)
@@ -409,15 +427,18 @@ class M3Encoder:
         name_or_path: str = "embedded",   # directory or hub name
         new_heads: str = "",              # start of missing heads: "identity" or "random"
         replace_heads: bool = False,      # start trained heads anew too
-        pooling: str | None = None,       # "cls", "mean" or "last"; None: as the checkpoint states
+        pooling: str | None = None,       # one of `POOLINGS`; None: as the checkpoint states
         normalize: list[str] | None = None,   # steps on texts; None: as the checkpoint states
+        weights_dtype: torch.dtype = torch.float32,   # of the encoder's weights in memory
+        attn_implementation: str | None = None,       # as transformers names it; None: its own
         **kwargs,                         # parameters of `M3Encoder`
     ) -> "M3Encoder":
         "Load a checkpoint. Raises ValueError where heads are missing, or the pooling."
         kwargs = refuse_familiar(cls, kwargs)
         model = M3Model.from_pretrained(name_or_path, new_heads=new_heads,
                                         replace_heads=replace_heads, pooling=pooling,
-                                        normalize=normalize)
+                                        normalize=normalize, dtype=weights_dtype,
+                                        attn_implementation=attn_implementation)
         return cls(model, **kwargs)
 
 # %% ../nbs/02_encoding.ipynb #c68f5bde
@@ -472,7 +493,7 @@ def _batch_states(self: M3Encoder,
     "Compute the hidden states of one batch."
     if not ids: return torch.zeros(0, self.model.encoder.config.hidden_size, device=self.device)
     if self.packed: return self.packed(ids)
-    batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
+    batch = {k: t.to(self.device) for k, t in pad_batch(ids, self.tokenizer).items()}
     mask = batch["attention_mask"]
     with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
         hidden = layers(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
@@ -495,7 +516,7 @@ def run_within_memory(self: M3Encoder,
             if len(batch) < 2:
                 raise MemoryError(f"a text of {tokens} tokens does not fit into memory; "
                                   "use a smaller max_length") from e
-        if self.device.type == "cuda": torch.cuda.empty_cache()
+        free_cache(self.device)
         budget.tokens = min(budget.tokens, tokens // 2)
     half = (len(batch) + 1) // 2
     first = self.run_within_memory(batch[:half], work, budget)
@@ -720,7 +741,8 @@ class EncoderPool:
         self.folder, free = tempfile.TemporaryDirectory(), context.Queue()
         model.save_pretrained(self.folder.name)
         for d in devices: free.put(str(d))
-        settings |= {"max_length": self.max_length, "dtype": self.dtype}
+        settings |= {"max_length": self.max_length, "dtype": self.dtype,
+                     "weights_dtype": model.encoder.dtype}
         threads = max(1, (os.cpu_count() or 1) // len(devices))
         self.executor = ProcessPoolExecutor(
             len(devices), context, _start_worker, (self.folder.name, free, threads, settings))

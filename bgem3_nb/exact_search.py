@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Candidates', 'best_of_pairs', 'select_outputs', 'check_search', 'check_not_empty', 'top_by_blocks', 'dense_vectors',
-           'top_dense', 'scores_of', 'rescore', 'refuse_renamed', 'search_candidates']
+           'search_device', 'top_dense', 'scores_of', 'rescore', 'refuse_renamed', 'search_candidates']
 
 # %% ../nbs/30_exact_search.ipynb #12a5926c
 import warnings
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 
@@ -17,7 +18,7 @@ import torch
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
-from .backbone import pick_dtype
+from .backbone import pick_dtype, resolve_device
 from .encoding import Embeddings, EMBEDDING_PARTS, row_numbers
 from .model import OUTPUTS
 from .scoring import (
@@ -135,7 +136,7 @@ def top_by_blocks(
     weights: dict[str, float],    # mode to weight, none of them 0
     block: int | None = None,     # passages scored at a time; None: 1024 with MaxSim, else 8192
     progress: bool = False,       # show a bar
-    **kwargs,                     # for `all_scores`: precision and device of MaxSim
+    **kwargs,                     # for `all_scores`: precision of MaxSim, device of the products
 ) -> Candidates:                  # (n_q, min(k, passages)); of equal ones the lower number first
     "Find the best passages by a weighted sum of modes. Raises ValueError on NaN and infinity."
     block, n = block or (1024 if "multi" in weights else 8192), len(queries)
@@ -350,16 +351,14 @@ def _search(q, corpus, k, centre, dtype, largest, guess):
 _SAMPLE = 4096   # least number of passages on which the thresholds are guessed
 _EVERY = 64      # of a large corpus, every so many passages are in the sample
 
-def top_dense(
-    queries: Embeddings,
-    corpus,                             # `Embeddings` with `dense`, or an opened store
-    k: int = 200,                       # passages wanted for each query
-    dtype: torch.dtype | None = None,   # of the proposals; None: what the hardware is fast at
-    progress: bool = False,             # show a bar
-) -> Candidates:                        # (n_q, min(k, passages)); of equals the lower number first
-    "Find the best passages by dense score. Raises ValueError on NaN and on vectors of other width."
-    check_not_empty(corpus)
-    _, k = check_search(queries, corpus, k, {"dense": 1.})
+def _top_on_cores(
+    queries: Embeddings,   # all of this as for `top_dense`
+    corpus,
+    k: int,
+    dtype: torch.dtype | None,
+    progress: bool,
+) -> Candidates:
+    "Find the best passages on the processor, each core for a part of the queries."
     n, m, dtype = len(queries), len(corpus), dtype or pick_dtype(torch.device("cpu"))[0]
     every = max(1, min(m // _SAMPLE, _EVERY))
     sample = torch.from_numpy(dense_vectors(corpus, slice(None, None, every)))
@@ -384,6 +383,94 @@ def top_dense(
         left = np.sort(np.concatenate(again))
         size = int(np.clip(8_000_000 // m, 1, 512))
         map_over_cores(lambda rows: work(rows, False), parts(left, size))
+    return Candidates(scores, passages, "dense")
+
+# %% ../nbs/30_exact_search.ipynb #30d00002
+_SPARE = 64        # passages that are kept beyond k
+_ON_DEVICE = 2**26   # scores held at a time, 256 MiB
+
+def _propose_on(
+    q: torch.Tensor,        # (n, d) queries, on the device
+    corpus,                 # `Embeddings` with `dense`, or an opened store
+    kept: int,              # passages of each query
+) -> tuple:                 # scores and passages (n, kept), and the largest norm of a passage
+    "Find the best passages by fp32 products on a device."
+    scores, numbers = q.new_zeros(len(q), 0), q.new_zeros(len(q), 0, dtype=torch.int64)
+    norm, size = q.new_zeros(()), max(1, min(2**16, _ON_DEVICE // len(q)))
+    for start in range(0, len(corpus), size):
+        p = dense_vectors(corpus, slice(start, start + size), "passage")
+        p = torch.from_numpy(p).to(q.device)
+        norm = torch.maximum(norm, p.norm(dim=1).max())
+        found = q @ p.T
+        best, at = found.topk(min(kept, found.shape[1]), dim=1)
+        scores, numbers = torch.cat([scores, best], 1), torch.cat([numbers, at + start], 1)
+        scores, order = scores.topk(min(kept, scores.shape[1]), dim=1)
+        numbers = numbers.gather(1, order)
+    return scores, numbers, norm
+
+# %% ../nbs/30_exact_search.ipynb #30d00003
+@contextmanager
+def _full_products():
+    "Multiply in all of fp32's digits, whatever the program has chosen before."
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try: yield
+    finally: torch.set_float32_matmul_precision(before)
+
+def _top_on_device(
+    queries: np.ndarray,     # (n, d)
+    corpus,                  # `Embeddings` with `dense`, or an opened store
+    k: int,
+    device: torch.device,
+) -> tuple:                  # scores and passages (n, k); which queries must be asked otherwise
+    "Find the best passages of some queries: proposed on a device, scored on the processor."
+    q = torch.from_numpy(queries)
+    with _full_products(), torch.inference_mode():
+        scores, numbers, norm = _propose_on(q.to(device), corpus, k + _SPARE)
+        error = 2.1 * q.shape[1] * 2.**-24 * q.norm(dim=1).to(device) * norm
+        limit = scores[:, k - 1] - 2 * error
+        near = (scores >= limit[:, None]).cpu().numpy()
+        failed = (scores[:, -1] >= limit).cpu().numpy() & (scores.shape[1] < len(corpus))
+    row, at = np.nonzero(near)
+    col = numbers.cpu().numpy()[row, at]
+    order = np.lexsort((col, row))
+    row, col = row[order], col[order]
+    return *best_of_pairs(row, col, _exact(q, corpus, row, col), len(q), k), np.flatnonzero(failed)
+
+# %% ../nbs/30_exact_search.ipynb #30d00004
+def search_device(
+    device: str | torch.device | None,   # None: the GPU if there is one
+) -> torch.device:
+    "Choose where the products of a search run."
+    if device is None: device = "cuda" if torch.cuda.is_available() else "cpu"
+    return resolve_device(device)
+
+def top_dense(
+    queries: Embeddings,
+    corpus,                             # `Embeddings` with `dense`, or an opened store
+    k: int = 200,                       # passages wanted for each query
+    dtype: torch.dtype | None = None,   # of the processor's proposals; None: what it is fast at
+    progress: bool = False,             # show a bar
+    device: str | torch.device | None = None,   # of the proposals; None: the GPU if there is one
+) -> Candidates:                        # (n_q, min(k, passages)); of equals the lower number first
+    "Find the best passages by dense score. Raises ValueError on NaN and on vectors of other width."
+    check_not_empty(corpus)
+    _, k = check_search(queries, corpus, k, {"dense": 1.})
+    device = search_device(device)
+    if device.type == "cpu": return _top_on_cores(queries, corpus, k, dtype, progress)
+    n, parts, left = len(queries), [], []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+        for a in tqdm(range(0, n, 2**14), desc="search", disable=not progress):
+            vectors = dense_vectors(queries, slice(a, a + 2**14), "query")
+            *found, failed = _top_on_device(vectors, corpus, k, device)
+            parts.append(found)
+            left += (a + failed).tolist()
+    empty = np.zeros((0, k), np.float32), np.zeros((0, k), np.int64)
+    scores, passages = map(np.concatenate, zip(empty, *parts))
+    if left:
+        again = _top_on_cores(_read_texts(queries, left, ("dense",)), corpus, k, dtype, progress)
+        scores[left], passages[left] = again.scores, again.passages
     return Candidates(scores, passages, "dense")
 
 # %% ../nbs/30_exact_search.ipynb #d0924cec
@@ -451,13 +538,16 @@ def search_candidates(
     weights: str | dict[str, float] = {"dense": 1.},   # mode to weight, or a name as for `fuse`
     candidates: int = 0,         # 0: MaxSim for all; else for so many, chosen by the other modes
     progress: bool = True,       # show a bar
+    device: str | torch.device | None = None,   # of the products; None: the GPU if there is one
 ) -> Candidates:
     "Find the best passages by any mode or mixture. Raises ValueError as `check_search` does."
     check_not_empty(corpus)
     weights, k = check_search(queries, corpus, k, weights, candidates)
     if candidates:
         first = {m: w for m, w in weights.items() if m != "multi"}
-        found = search_candidates(queries, corpus, candidates, first, progress=progress)
+        found = search_candidates(queries, corpus, candidates, first, 0, progress, device)
         return rescore(found, queries, corpus, weights, k)
-    if weights == {"dense": 1.}: return top_dense(queries, corpus, k, progress=progress)
-    return top_by_blocks(queries, corpus, k, weights, progress=progress)
+    if weights == {"dense": 1.}:
+        return top_dense(queries, corpus, k, progress=progress, device=device)
+    return top_by_blocks(queries, corpus, k, weights, progress=progress,
+                         device=search_device(device))

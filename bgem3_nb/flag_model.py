@@ -34,7 +34,7 @@ class BGEM3FlagModel:
         query_instruction_for_retrieval: str | None = None,   # text put before queries
         query_instruction_format: str = "{}{}",  # format that joins instruction and text
         devices: str | int | list | None = None, # one device or several, with a process for each
-        pooling_method: str | None = None,       # "cls", "mean", "last"; None: as the files state
+        pooling_method: str | None = None,       # one of `POOLINGS`; None: as the files state
         batch_size: int = 256,                   # texts per batch, at `passage_max_length` tokens
         query_max_length: int = 512,             # maximum tokens per query
         passage_max_length: int = 512,           # maximum tokens per passage

@@ -195,7 +195,8 @@ def find_spans(
     text, spans, own = states.texts[i], states.spans[i], states.own[i]
     if given is None and level == "document": return [((0, len(text)), 0, len(spans))]
     if given is None and level == "token":
-        return [(tuple(s), j, j + 1) for j, s in enumerate(spans.tolist()) if j]
+        first = states.model.skipped
+        return [(tuple(s), j, j + 1) for j, s in enumerate(spans.tolist()) if j >= first]
     if given is not None: chars = given
     elif level == "sentence": chars = sentence_spans(text)
     else: chars = passage_spans(text, spans[own], max_tokens)
@@ -239,8 +240,9 @@ def pool_spans(
         rows = _state_rows(slices, states.model)
         out.lexical = read_states(states.model, rows, ids, ("lexical",)).lexical
     if "multi" in outputs:
-        head, own = states.model.multi_head, [(h, max(lo, 1), hi) for h, lo, hi in slices]
-        rows = _state_rows(own, states.model)      # never <s>
+        head, first = states.model.multi_head, states.model.skipped
+        own = [(h, max(lo, first), hi) for h, lo, hi in slices]      # never <s>
+        rows = _state_rows(own, states.model)
         out.multi = F.normalize(head(rows.to(head.weight.device)).float(), dim=-1).cpu().numpy()
         out.offsets = np.cumsum([0] + [hi - lo for _, lo, hi in own], dtype=np.int64)
     chars = np.array([c for f in found for c, _, _ in f], np.int64).reshape(-1, 2)
@@ -261,7 +263,7 @@ def pool_slices(
 ) -> np.ndarray:           # (m, d) unit vectors; (m, d_out) with a projection
     "Pool each slice to a dense vector: whole texts as the model does, others by the mean."
     def vector(h, lo, hi):
-        own_pooling = (lo, hi) == (0, len(h)) or model.config.pooling == "last"
+        own_pooling = (lo, hi) == (0, len(h)) or model.config.pooling != "cls"
         return pool_states(h[None, lo:hi], torch.ones(1, hi - lo),
                            model.config.pooling if own_pooling else "mean")
     empty = torch.zeros(0, model.encoder.config.hidden_size)
@@ -305,6 +307,8 @@ def mcls_embeddings(
     ValueError if a text does not fit into the window."""
     texts = check_texts(texts)
     if every < 1: raise ValueError(f"every must be at least 1, not {every}")
+    if not encoder.model.skipped:
+        raise ValueError("this tokenizer begins no text with a CLS token; use level 'document'")
     ids, empty = [], torch.zeros(0, encoder.model.encoder.config.hidden_size)
     for i, text in enumerate(texts):
         cls, *body, end = text_tokens(encoder, text.encode("utf-8", "replace").decode(), prompt)[0]

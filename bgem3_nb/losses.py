@@ -115,7 +115,9 @@ def score_matrices(
         scores["lexical"] = joined(lambda q, p: lexical_matrix(q.ids, q.lexical, p.ids, p.lexical))
     if has.multi is not None:
         for w in (None, *dims.get("multi", ())): scores[_view_name("multi", w)] = maxsim(w)
-    if guided: scores["guided"] = maxsim(weights=lambda q: q.lexical[:, 1:].detach())
+    if guided:
+        own = lambda q: q.lexical[:, q.lexical.shape[1] - q.mask.shape[1]:].detach()
+        scores["guided"] = maxsim(weights=own)
     return scores
 
 # %% ../nbs/10_losses.ipynb #004fe4d9

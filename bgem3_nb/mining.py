@@ -58,11 +58,12 @@ def search_deeper(
     known: list[set[int]],     # as `known_positives` gives them
     weights: str | dict[str, float] = {"dense": 1.},   # as for `search_candidates`
     candidates: int = 0,       # as for `search_candidates`
+    device=None,               # as for `search_candidates`
 ) -> Candidates:               # of the same width
     "Search again, and deeper, for queries with more than `_POSITIVES_ABOVE` known positives."
     def search(i, k):
         more = max(candidates, k) if candidates else 0
-        return search_candidates(queries[[i]], corpus, k, weights, more, progress=False)
+        return search_candidates(queries[[i]], corpus, k, weights, more, False, device)
     return _search_deeper(found, known, search)
 
 # %% ../nbs/31_mining.ipynb #ec0f8bb4
@@ -616,6 +617,7 @@ def mine_hard_negatives(
     denoise: Callable[[SampledPairs, RetrievalSet, Embeddings, Embeddings], None] | None = None,
                                          # gives pairs a `reason` to be dropped
     progress: bool = True,               # show bars
+    device=None,                         # of the search; None: the GPU if there is one
     **settings,                          # of `sample_pairs`
 ) -> tuple[Dataset, dict]:               # rows with negatives; counts
     "Encode, search, sample, denoise and take."
@@ -625,8 +627,8 @@ def mine_hard_negatives(
     p = encoder.encode_passages(data.passages, outputs=outputs)
     known, m = known_positives(data), len(data.passages)
     def score(i, j): return scores_of(q, p, i, j, weights)
-    found = search_candidates(q, p, search_depth(mix, known, m), weights, progress=progress)
-    found = search_deeper(found, q, p, known, weights)
+    found = search_candidates(q, p, search_depth(mix, known, m), weights, 0, progress, device)
+    found = search_deeper(found, q, p, known, weights, device=device)
     drawn = sample_pairs(found, known, data.queries, m, score, num_negatives, mix, **settings)
     if denoise is not None: denoise(drawn, data, q, p)
     chosen, counts = take_negatives(drawn)

@@ -163,7 +163,8 @@ def _run(self, batch, outputs):
     found = dict(zip(names, self.session.run(names, feed)))
     if "lexical" in found:
         found["lexical"] = [*zip(found.pop("terms", ids), found["lexical"])]
-    if "multi" in found: found["multi"] = [m[:k - 1] for m, k in zip(found["multi"], n)]
+    skipped = min(1, self.settings["special_before"])
+    if "multi" in found: found["multi"] = [m[:k - skipped] for m, k in zip(found["multi"], n)]
     return [{k: v[i] for k, v in found.items()} for i in range(len(batch))]
 
 OnnxEncoder._nothing, OnnxEncoder._run = _nothing, _run

@@ -50,7 +50,7 @@ class ThreeOutputs(nn.Module):
         m, mask = self.model, attention_mask
         hidden = m.encoder(input_ids=input_ids, attention_mask=mask).last_hidden_state
         dense = m.dense(pool_states(hidden, mask, m.config.pooling))
-        multi = F.normalize(m.multi_head(hidden[:, 1:]), dim=-1) * mask[:, 1:, None]
+        multi = F.normalize(m.multi_head(hidden[:, m.skipped:]), dim=-1) * mask[:, m.skipped:, None]
         words = mask.bool() & (input_ids[..., None] != m.special_ids).all(-1)
         if m.config.lexical == "expansion": return dense, multi, *self.expand(hidden, words)
         return dense, multi, F.relu(m.lexical_head(hidden).squeeze(-1)) * words

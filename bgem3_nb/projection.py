@@ -617,7 +617,7 @@ class M3WithHead(M3Model):
                              "in encoder.layer")
         self.encoder, self.tokenizer, self.config = model.encoder, model.tokenizer, model.config
         self.lexical_head, self.multi_head = model.lexical_head, model.multi_head
-        self.dense_head = head
+        self.dense_head, self.skipped = head, model.skipped
         self.register_buffer("special_ids", model.special_ids, persistent=False)
         for part in (self.encoder, self.lexical_head, self.multi_head): part.requires_grad_(False)
         for part in (head, *stack[len(stack) - train_layers:]): part.requires_grad_(True)

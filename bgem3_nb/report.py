@@ -237,7 +237,8 @@ def match_parts(
     for m, w in weights.items():
         if m != "dense" or e.dense is not None: part += w * e.contributions(m)[0]
     partner = [t.word for t in tokens]
-    if "multi" in weights: partner[1:] = [e.tokens[1][j + 1].word for j in grid.argmax(1)]
+    if "multi" in weights:
+        partner[e.skipped:] = [e.tokens[1][j + e.skipped].word for j in grid.argmax(1)]
     elif "dense" in weights and e.dense is not None:
         partner = [e.tokens[1][j].word for j in e.dense.argmax(1)]
     found = {}

@@ -18,27 +18,51 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
+from scipy.sparse import csr_matrix
 
 from .backbone import cpu_thread_pool
-from .encoding import check_texts, Embeddings, M3Encoder, read_states, warn_truncated
+from .encoding import (
+    check_texts, Embeddings, free_cache, is_out_of_memory, M3Encoder, read_states, warn_truncated)
 from .figures import RED
 from .model import OUTPUTS, ProjectionHead
 from .text import with_marks
+
+# %% ../nbs/03_scoring.ipynb #03d00001
+def _lexical_on(
+    q: csr_matrix,   # (n, vocabulary) weights of some queries
+    p: csr_matrix,   # (m, vocabulary)
+    device: str | torch.device,   # where the products run
+) -> np.ndarray:     # (n, m) float32
+    "Multiply over the terms of the queries alone, theirs as a full matrix."
+    terms, column = np.unique(q.indices, return_inverse=True)
+    row = np.repeat(np.arange(q.shape[0]), np.diff(q.indptr))
+    weights = torch.zeros(q.shape[0], len(terms))
+    weights[torch.from_numpy(row), torch.from_numpy(column)] = torch.from_numpy(q.data)
+    p = csr_matrix(p[:, terms])
+    arrays = (torch.from_numpy(a) for a in (p.indptr, p.indices, p.data))
+    shared = torch.sparse_csr_tensor(*arrays, p.shape, check_invariants=False).to(device)
+    return (shared @ weights.T.to(device)).T.cpu().numpy()
 
 # %% ../nbs/03_scoring.ipynb #be57c8ef
 def dense_scores(
     q: Embeddings,   # queries, with `dense`
     p: Embeddings,   # passages, with `dense`
+    device: str | torch.device = "cpu",   # where the products run
 ) -> np.ndarray:     # (queries, passages) float32
     "Compute inner products of the dense vectors: cosines, as they have length 1."
-    return q.dense @ p.dense.T
+    if torch.device(device).type == "cpu": return q.dense @ p.dense.T
+    a, b = (torch.from_numpy(side.dense).to(device) for side in (q, p))
+    return (a @ b.T).cpu().numpy()
 
 def lexical_scores(
     q: Embeddings,   # queries, with `lexical`
     p: Embeddings,   # passages, with `lexical`
+    device: str | torch.device = "cpu",   # where the products run; Apple's MPS has none like them
 ) -> np.ndarray:     # (queries, passages) float32, >= 0
     "Sum the products of the weights of the shared tokens."
-    return (q.lexical @ p.lexical.T).toarray()
+    if torch.device(device).type != "cuda": return (q.lexical @ p.lexical.T).toarray()
+    parts = [_lexical_on(q.lexical[a:a + 256], p.lexical, device) for a in range(0, len(q), 256)]
+    return np.concatenate(parts) if parts else np.zeros((0, len(p)), np.float32)
 
 # %% ../nbs/03_scoring.ipynb #90c3226e
 def check_model(
@@ -81,13 +105,19 @@ def text_blocks(
     return blocks
 
 # %% ../nbs/03_scoring.ipynb #d5edaf4d
-def _padded_rows(
-    starts: np.ndarray,   # (m,) first row of each passage, ascending
-    rows: int,            # number of rows of all passages
-) -> np.ndarray:          # (m, longest) row numbers
-    "List the rows of each passage, the last one repeated up to the longest passage's length."
-    ends = np.append(starts[1:], rows)[:, None]
-    return np.minimum(starts[:, None] + np.arange((ends[:, 0] - starts).max()), ends - 1)
+def _segment_maxima(
+    tokens: torch.Tensor,    # (t, d) vectors of the queries' tokens
+    vectors: torch.Tensor,   # (n, d) vectors of the passages' tokens, same device and type
+    starts: np.ndarray,      # (m,) first row of each passage; no passage is empty
+) -> torch.Tensor:           # (m, t) largest similarities
+    "Find the largest similarities on a device, without padding passages to one length."
+    lengths = torch.from_numpy(np.diff(np.append(starts, len(vectors)))).to(tokens.device)
+    similarities = vectors @ tokens.T
+    if tokens.device.type != "mps":
+        return torch.segment_reduce(similarities, "max", lengths=lengths, axis=0, unsafe=True)
+    owner = torch.repeat_interleave(torch.arange(len(starts), device=tokens.device), lengths)
+    best = similarities.new_full((len(starts), len(tokens)), float("-inf"))
+    return best.scatter_reduce(0, owner[:, None].expand_as(similarities), similarities, "amax")
 
 def _best_matches(
     tokens: torch.Tensor,    # (t, d) vectors of the queries' tokens
@@ -97,9 +127,7 @@ def _best_matches(
     "Find each query token's largest similarity to a token of each passage."
     if tokens.device.type == "cpu":
         return np.maximum.reduceat((tokens @ vectors.T).float().numpy(), starts, axis=1)
-    rows = torch.from_numpy(_padded_rows(starts, len(vectors))).to(tokens.device)
-    best = (vectors @ tokens.T)[rows].amax(1)      # [m, longest, t] -> [m, t]
-    return best.T.float().cpu().numpy()
+    return _segment_maxima(tokens, vectors, starts).T.float().cpu().numpy()
 
 # %% ../nbs/03_scoring.ipynb #c182f7dd
 def _segment_means(
@@ -122,6 +150,25 @@ def map_over_cores(
     "Call `work` with all tasks, each on a part of the cores."
     if len(tasks) < 2: return [work(t) for t in tasks]
     with cpu_thread_pool(len(tasks)) as pool: return list(pool.map(work, tasks))
+
+# %% ../nbs/03_scoring.ipynb #03d00003
+def _work_within_memory(
+    work,             # called with a block
+    block: tuple,     # the queries a:b and the passages c:d
+    device: torch.device,   # where it works
+):
+    "Call `work` on a block, in halves if memory does not suffice. Raises MemoryError."
+    (a, b), (c, d) = block
+    try: return work(block)
+    except Exception as e:
+        if not is_out_of_memory(e): raise
+        if b - a < 2 and d - c < 2:
+            raise MemoryError(f"the similarities of query {a} and passage {c} do not fit into "
+                              "memory; encode them with a smaller max_length") from e
+    free_cache(device)
+    if d - c > 1: halves = [((a, b), (c, (c + d) // 2)), ((a, b), ((c + d) // 2, d))]
+    else: halves = [((a, (a + b) // 2), (c, d)), (((a + b) // 2, b), (c, d))]
+    for half in halves: _work_within_memory(work, half, device)
 
 # %% ../nbs/03_scoring.ipynb #9af5890f
 def maxsim_scores(
@@ -147,7 +194,8 @@ def maxsim_scores(
         scores[a:b, passages] = _segment_means(best, q.offsets[a:b+1] - q.offsets[a])
     queries = [(a, b) for a, b in text_blocks(q.offsets, most) if q.offsets[b] > q.offsets[a]]
     blocks = [(x, y) for y in text_blocks(p.offsets, most) for x in queries]
-    map_over_cores(work, blocks) if device.type == "cpu" else [work(b) for b in blocks]
+    def safely(block): return _work_within_memory(work, block, device)
+    map_over_cores(safely, blocks) if device.type == "cpu" else [safely(b) for b in blocks]
     if dtype != torch.float32 and (k := min(exact, len(p))) and len(q):
         i, j = np.arange(len(q)).repeat(k), np.argpartition(-scores, k - 1, axis=1)[:, :k].ravel()
         scores[i, j] = maxsim_pairs(q, p, i, j, device=device)
@@ -210,12 +258,13 @@ def all_scores(
     q: Embeddings,                       # queries
     p: Embeddings,                       # passages
     dtype: torch.dtype = torch.float32,  # precision of MaxSim's products
-    device: str | torch.device = "cpu",  # device on which MaxSim runs
+    device: str | torch.device = "cpu",  # device of the products
 ) -> dict[str, np.ndarray]:              # mode to scores (queries, passages)
     "Compute the scores of every mode that both sides have."
     scores = {}
-    if q.dense is not None and p.dense is not None: scores["dense"] = dense_scores(q, p)
-    if q.lexical is not None and p.lexical is not None: scores["lexical"] = lexical_scores(q, p)
+    if q.dense is not None and p.dense is not None: scores["dense"] = dense_scores(q, p, device)
+    if q.lexical is not None and p.lexical is not None:
+        scores["lexical"] = lexical_scores(q, p, device)
     if q.multi is not None and p.multi is not None:
         scores["multi"] = maxsim_scores(q, p, dtype=dtype, device=device)
     return scores
@@ -330,16 +379,22 @@ class Explanation:
     tokens: tuple[list[Token], list[Token]]  # tokens of query and passage
     scores: dict[str, float]         # mode to score
     terms: list[Term]                # shared terms, largest product first
-    similarities: np.ndarray         # (query tokens - 1, passage tokens - 1), first tokens left out
+    similarities: np.ndarray         # (query tokens, passage tokens), without special first tokens
     dense: np.ndarray | None         # (query tokens, passage tokens), sum is the dense score;
                                      # None: only the total is known
 
     @property
+    def skipped(self) -> int:
+        "How many tokens at the beginning have no vector: 1, or 0 where none is special."
+        return len(self.tokens[0]) - len(self.similarities)
+
+    @property
     def matches(self) -> list[Match]:
         "List the best match of every query token that has a vector, in the order of the query."
-        best, (queries, passages) = self.similarities.argmax(1), self.tokens
+        best = self.similarities.argmax(1)
+        queries, passages = (side[self.skipped:] for side in self.tokens)
         found = [(i, j, float(self.similarities[i, j])) for i, j in enumerate(best)]
-        return [Match(queries[i + 1], passages[j + 1], s, s / len(best)) for i, j, s in found]
+        return [Match(queries[i], passages[j], s, s / len(best)) for i, j, s in found]
 
     def heatmap(self,
         columns: int = 40,   # maximum number of passage tokens to show
@@ -368,8 +423,8 @@ def contributions(self: Explanation,
     sides = [np.zeros(len(t)) for t in self.tokens]
     if mode == "multi":
         best, top = self.similarities.argmax(1), self.similarities.max(1) / len(self.similarities)
-        sides[0][1:] = top
-        np.add.at(sides[1], best + 1, top)
+        sides[0][self.skipped:] = top
+        np.add.at(sides[1], best + self.skipped, top)
     for side, tokens in zip(sides, self.tokens if mode == "lexical" else ()):
         ids = np.array([t.id for t in tokens])
         for t in self.terms: side[ids == t.id] = t.product / max(1, (ids == t.id).sum())
@@ -412,8 +467,9 @@ def explain(
                    key=lambda x: (-x[1], x[0]))                             # as `words` sorts
     terms = [Term(t, name, float(q.lexical[0, t]), float(p.lexical[0, t]), x, x / shared.sum())
              for (t, x), (name, _) in zip(order, encoder.words(shared)[0])]
-    if config.pooling == "mean":
-        a, b = (_dense_contributions(h, encoder.model.dense_head) for h in hidden)
+    head = encoder.model.dense_head
+    if config.pooling == "mean" and (head is None or head.is_linear):
+        a, b = (_dense_contributions(h, head) for h in hidden)
         dense = (a @ b.T).numpy()
     return Explanation(texts, prompts, tokens, scores, terms, q.multi @ p.multi.T, dense)
 
@@ -427,7 +483,7 @@ def draw_matches(
     brackets the tokens of a prompt.
     """
     from matplotlib.pyplot import Rectangle, close, subplots
-    sims, (queries, passages) = e.similarities, e.tokens
+    sims, (queries, passages) = e.similarities, [side[e.skipped:] for side in e.tokens]
     kept = np.sort(np.argsort(-sims.max(0), kind="stable")[:columns])
     def label(t):                                          # a $ would begin a formula
         return (f"[{t.text}]" if t.part == "prompt" else t.text).replace("$", r"\$")
@@ -436,9 +492,9 @@ def draw_matches(
     for i, j in enumerate(sims.argmax(1)):
         for at in np.flatnonzero(kept == j):
             ax.add_patch(Rectangle((at - .5, i - .5), 1, 1, fill=False, ec=RED, lw=2))
-    ax.set_xticks(range(len(kept)), [label(passages[j + 1]) for j in kept], rotation=60,
+    ax.set_xticks(range(len(kept)), [label(passages[j]) for j in kept], rotation=60,
                   ha="right", rotation_mode="anchor", fontsize=9)
-    ax.set_yticks(range(len(sims)), [label(t) for t in queries[1:]], fontsize=9)
+    ax.set_yticks(range(len(sims)), [label(t) for t in queries], fontsize=9)
     fig.colorbar(image, ax=ax, pad=.02, aspect=12).ax.tick_params(labelsize=8)
     fig.tight_layout()
     close(fig)

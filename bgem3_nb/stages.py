@@ -143,7 +143,7 @@ class ForgettingGuard(TrainerCallback):
     def measure(self) -> float:
         "Search the general set with the model as it is, and log the metric."
         trainer, general = self.trainer, self.general
-        scores = search_scores(trainer.model, general, trainer.args)
+        scores = search_scores(trainer.model, general, trainer.args, shared=True)
         found = trainer.search_metrics(scores, getattr(general, "judgements", general.qrels))
         if self.metric not in found:
             raise ValueError(f"the guard watches {self.metric!r}, "

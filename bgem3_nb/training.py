@@ -30,11 +30,12 @@ from .backbone import pick_device, pick_dtype
 from .batches import BatchLabels, BatchOrder, label_matrices, M3Collator, TrainingRows
 from .compression import unit_vectors
 from .distillation import LOSS_WEIGHTS, TEACHERS, unified_loss
-from .encoding import is_out_of_memory, M3Encoder
+from .encoding import Embeddings, free_cache, is_out_of_memory, M3Encoder
 from .figures import GREY, MODE_COLORS, RED
 from .files import replace_file
 from .losses import flops_penalty, margin_loss, score_matrices, teacher_loss
-from .model import load_heads, M3Model, M3Output, max_positions, OUTPUTS
+from .model import (
+    DENSE_HEAD, load_heads, load_projection, M3Model, M3Output, max_positions, OUTPUTS)
 from .scoring import all_scores, fuse, pair_scores
 
 # %% ../nbs/14_training.ipynb #94da0e16
@@ -461,7 +462,7 @@ class M3Trainer(Trainer):
                          eval_dataset=eval_dataset, data_collator=collator, **kwargs)
         self.search_metrics, self.weigh = compute_metrics, weigh
         self.loss_weights, self.loss_terms = dict(loss_weights), defaultdict(list)   # until a log
-        self.row_numbers = []                 # of the batches of this step
+        self.row_numbers, self.step_batches, self.terms_before = [], [], {}   # of this step
         self.skipped_steps = 0                # since the last log, because fp16 overflowed
         if self.pop_callback(PrinterCallback): self.add_callback(PrintLog())
         self.add_callback(_RunChecks(self))
@@ -540,29 +541,39 @@ def teacher_scores(
     return rows.add_column("pos_scores", [pos for pos, _ in taken]).add_column(
         "neg_scores", [neg for _, neg in taken])
 
+# %% ../nbs/14_training.ipynb #14d00002
+def _split_chunks(
+    chunks: list[dict],   # inputs of the encoder
+    tokens: int,          # most tokens in a chunk, with padding; a longer text goes alone
+) -> list[dict]:          # the same rows in their order
+    "Divide chunks that are too large."
+    parts = []
+    for chunk in chunks:
+        rows = max(1, tokens // chunk["input_ids"].shape[1])
+        parts += [dict(zip(chunk, part)) for part in zip(*(t.split(rows) for t in chunk.values()))]
+    return parts
+
 # %% ../nbs/14_training.ipynb #3c1549d6
 @patch
-def training_step(self: M3Trainer,
-    model,                     # the model, as the trainer wraps it
-    inputs: dict,              # a batch, as `M3Collator` gives it
-    num_items_in_batch=None,   # not used
-) -> torch.Tensor:             # the loss over the number of accumulated batches
-    "Compute the gradients of one batch."
-    model.train()
-    inputs = self._prepare_inputs(inputs)
-    labels, chunks = _gather(inputs["labels"]), inputs["queries"] + inputs["passages"]
-    world, accumulated = len(labels), self.current_gradient_accumulation_steps
+def batch_gradients(self: M3Trainer,
+    model,           # the model, as the trainer wraps it
+    inputs: dict,    # a batch, as `M3Collator` gives it, on the device
+) -> torch.Tensor:   # the loss over the number of accumulated batches
+    "Compute the gradients of one batch, and add them to those that are there."
+    args, labels = self.args, _gather(inputs["labels"])
+    queries, passages = (_split_chunks(inputs[side], args.chunk_tokens)
+                         for side in ("queries", "passages"))
+    chunks, world = queries + passages, len(labels)
     def forward(chunk):
-        with self.compute_loss_context_manager(): return model(**chunk, outputs=self.args.modes)
+        with self.compute_loss_context_manager(): return model(**chunk, outputs=args.modes)
     def loss_of(outputs):
-        with torch.autocast(self.args.device.type, enabled=False):
-            loss = self.loss_of(outputs, len(inputs["queries"]), labels)
+        with torch.autocast(args.device.type, enabled=False):
+            loss = self.loss_of(outputs, len(queries), labels)
         if not loss.isfinite(): self.stop_not_finite("loss")
-        return loss * (world / accumulated)
+        return loss * (world / self.current_gradient_accumulation_steps)
     backward, no_sync = self.accelerator.backward, getattr(model, "no_sync", nullcontext)
-    with self.memory_errors():
-        if self.args.cached: loss = cached_backward(forward, chunks, loss_of, no_sync, backward)
-        else: backward(loss := loss_of([forward(c) for c in chunks]))
+    if args.cached: loss = cached_backward(forward, chunks, loss_of, no_sync, backward)
+    else: backward(loss := loss_of([forward(c) for c in chunks]))
     return loss.detach() / world
 
 @patch
@@ -582,16 +593,64 @@ def stop_not_finite(self: M3Trainer,
 
 # %% ../nbs/14_training.ipynb #14b00021
 @patch
-@contextmanager
-def memory_errors(self: M3Trainer):
-    "Say what to do where memory runs out."
-    try: yield
+def divide_further(self: M3Trainer,
+    error: Exception,    # that memory ran out
+    batches: list[dict], # whose gradients were to be computed
+):
+    "Choose smaller chunks for the rest of the run. Raises MemoryError where none can be chosen."
+    args, chunks = self.args, [c for b in batches for c in b["queries"] + b["passages"]]
+    longest = max(c["input_ids"].shape[1] for c in chunks)
+    largest = max(min(args.chunk_tokens, c["input_ids"].numel()) for c in chunks)
+    smaller, alone = max(longest, largest // 2), args.cached and largest <= longest
+    if args.world_size > 1 or alone and args.gradient_checkpointing:
+        raise MemoryError(
+            f"a step with cached={args.cached} and chunk_tokens={args.chunk_tokens} does not fit "
+            f"into memory. Resume the run with cached=True and chunk_tokens={max(64, smaller)}, "
+            "which change no gradient, or with a smaller passage_length") from error
+    if alone:
+        args.gradient_checkpointing = True
+        self.model.gradient_checkpointing_enable()
+    args.cached, args.chunk_tokens = True, smaller
+    self.data_collator.chunk_tokens = smaller
+    print(f"step {self.state.global_step}: memory ran out; from here on cached gradients, "
+          f"chunks of {smaller} tokens" + ", activations computed again" * alone, flush=True)
+
+# %% ../nbs/14_training.ipynb #14d00003
+@patch
+def try_batches(self: M3Trainer,
+    model,                  # the model, as the trainer wraps it
+    batches: list[tuple],   # batches, each with the random state to compute it with, or None
+) -> torch.Tensor | None:   # the loss of the last; None: memory ran out, and chunks are smaller
+    "Compute the gradients of batches. Raises MemoryError where smaller chunks cannot help."
+    try:
+        for inputs, state in batches:
+            if state is not None: _set_random_state(state)
+            loss = self.batch_gradients(model, inputs)
+        return loss
     except Exception as e:
         if not is_out_of_memory(e): raise
-        raise MemoryError(
-            f"a step with cached={self.args.cached} and chunk_tokens={self.args.chunk_tokens} does "
-            f"not fit into memory. Resume the run with cached=True and chunk_tokens="
-            f"{max(64, self.args.chunk_tokens // 2)}: they change no gradient") from e
+        self.divide_further(e, [inputs for inputs, _ in batches])
+    model.zero_grad()             # here, because the error would keep what its frames hold
+    free_cache(self.args.device)
+    for name, values in self.loss_terms.items(): del values[self.terms_before.get(name, 0):]
+    self.row_numbers.clear()
+
+@patch
+def training_step(self: M3Trainer,
+    model,                     # the model, as the trainer wraps it
+    inputs: dict,              # a batch, as `M3Collator` gives it
+    num_items_in_batch=None,   # not used
+) -> torch.Tensor:             # the loss over the number of accumulated batches
+    "Compute the gradients of one batch; where memory runs out, again in smaller chunks."
+    model.train()
+    begins = all(p.grad is None for p in model.parameters())
+    if begins or len(self.step_batches) >= self.current_gradient_accumulation_steps:
+        self.step_batches = []
+        self.terms_before = {name: len(values) for name, values in self.loss_terms.items()}
+    self.step_batches.append((self._prepare_inputs(inputs), _random_state()))
+    todo = [(self.step_batches[-1][0], None)]
+    while (loss := self.try_batches(model, todo)) is None: todo = self.step_batches
+    return loss
 
 # %% ../nbs/14_training.ipynb #9b4f5afa
 def _dropout_rates(
@@ -644,20 +703,35 @@ def create_optimizer(self: M3Trainer, model=None):
         self.optimizer = cls(parameter_groups(self.model, self.args), **kwargs)
     return self.optimizer
 
+# %% ../nbs/14_training.ipynb #14d00005
+def _encode_shared(
+    encode,              # `encode_queries` or `encode_passages` of an encoder
+    texts: list[str],    # the same in every process
+    outputs: tuple,      # any of "dense", "lexical", "multi"
+    shared: bool,        # every process calls this
+) -> Embeddings:         # of all texts, in every process
+    "Encode texts, each process its share of them."
+    if not shared or not dist.is_initialized(): return encode(texts, outputs=outputs)
+    world, texts = dist.get_world_size(), list(texts)
+    parts = _gather(encode(texts[dist.get_rank()::world], outputs=outputs))
+    places = [np.arange(rank, len(texts), world) for rank in range(world)]
+    return Embeddings.concat(parts, np.concatenate(places))
+
 # %% ../nbs/14_training.ipynb #f59f119d
 def search_scores(
     model: M3Model,   # any state of training
     data,             # `queries` and `passages`, lists of texts
     args: M3TrainingArguments,   # modes, length, precision and device
     widths: tuple = (),          # also score the dense vectors truncated to these widths
+    shared: bool = False,        # every process calls this, and encodes a part of the texts
 ) -> dict[str, np.ndarray]:      # mode, or "dense@width", to (queries, passages)
     """Score a validation set in every trained mode, in the precision of training; on a GPU, MaxSim
     is in fp32, as its time is that of copying the vectors there."""
     length = min(args.search_length, max_positions(model.encoder) or args.search_length)
     encoder = M3Encoder(model, max_length=length, device=args.device, dtype=args.dtype,
                         progress=not args.disable_tqdm)
-    queries = encoder.encode_queries(data.queries, outputs=args.modes)
-    passages = encoder.encode_passages(data.passages, outputs=args.modes)
+    queries = _encode_shared(encoder.encode_queries, data.queries, args.modes, shared)
+    passages = _encode_shared(encoder.encode_passages, data.passages, args.modes, shared)
     dtype = torch.bfloat16 if args.use_cpu and args.bf16 else torch.float32
     scores = all_scores(queries, passages, dtype=dtype, device=args.device)
     for w in widths if "dense" in args.modes else ():
@@ -676,7 +750,7 @@ def evaluate(self: M3Trainer,
     again = any(f"{prefix}_runtime" in log for log in self.state.log_history)
     with warnings.catch_warnings():          # that texts are truncated is said once, not every time
         if again: warnings.filterwarnings("ignore", message=".*were truncated")
-        scores = search_scores(self.model, data, self.args)
+        scores = search_scores(self.model, data, self.args, shared=True)
     metrics = self.search_metrics(scores, getattr(data, "judgements", data.qrels))
     metrics = {f"{prefix}_{k}": v for k, v in metrics.items()}
     metrics[f"{prefix}_runtime"] = round(time.perf_counter() - start, 2)
@@ -702,6 +776,8 @@ def load_weights(
                          "set lora_rank=0 to go on with its weights")
     model.encoder.load_state_dict(load_file(file), strict=not adapted)
     load_heads(model, str(path))
+    if model.dense_head is not None:
+        model.dense_head.load_state_dict(load_projection(Path(path)/DENSE_HEAD).state_dict())
 
 @patch
 def _save(self: M3Trainer, output_dir=None, state_dict=None):
