@@ -31,7 +31,7 @@ from .text import with_marks
 def _lexical_on(
     q: csr_matrix,   # (n, vocabulary) weights of some queries
     p: csr_matrix,   # (m, vocabulary)
-    device: str | torch.device,   # where the products run
+    device: str | torch.device,   # device of the product
 ) -> np.ndarray:     # (n, m) float32
     "Multiply over the terms of the queries alone, theirs as a full matrix."
     terms, column = np.unique(q.indices, return_inverse=True)
@@ -47,7 +47,7 @@ def _lexical_on(
 def dense_scores(
     q: Embeddings,   # queries, with `dense`
     p: Embeddings,   # passages, with `dense`
-    device: str | torch.device = "cpu",   # where the products run
+    device: str | torch.device = "cpu",   # device of the product
 ) -> np.ndarray:     # (queries, passages) float32
     "Compute inner products of the dense vectors: cosines, as they have length 1."
     if torch.device(device).type == "cpu": return q.dense @ p.dense.T
@@ -57,7 +57,7 @@ def dense_scores(
 def lexical_scores(
     q: Embeddings,   # queries, with `lexical`
     p: Embeddings,   # passages, with `lexical`
-    device: str | torch.device = "cpu",   # where the products run; Apple's MPS has none like them
+    device: str | torch.device = "cpu",   # device of the product; on Apple's MPS, the CPU
 ) -> np.ndarray:     # (queries, passages) float32, >= 0
     "Sum the products of the weights of the shared tokens."
     if torch.device(device).type != "cuda": return (q.lexical @ p.lexical.T).toarray()
@@ -155,7 +155,7 @@ def map_over_cores(
 def _work_within_memory(
     work,             # called with a block
     block: tuple,     # the queries a:b and the passages c:d
-    device: torch.device,   # where it works
+    device: torch.device,   # device of the work
 ):
     "Call `work` on a block, in halves if memory does not suffice. Raises MemoryError."
     (a, b), (c, d) = block
@@ -385,7 +385,7 @@ class Explanation:
 
     @property
     def skipped(self) -> int:
-        "How many tokens at the beginning have no vector: 1, or 0 where none is special."
+        "Count the tokens at the beginning that have no vector: 1, or 0 if none is special."
         return len(self.tokens[0]) - len(self.similarities)
 
     @property
