@@ -412,10 +412,13 @@ def _propose_on(
 @contextmanager
 def _full_products():
     "Multiply in all of fp32's digits, whatever the program has chosen before."
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    matmul = torch.backends.cuda.matmul
+    name, full = "fp32_precision", "ieee"
+    if not hasattr(matmul, name): name, full = "allow_tf32", False     # torch before 2.9
+    before = getattr(matmul, name)
+    setattr(matmul, name, full)
     try: yield
-    finally: torch.set_float32_matmul_precision(before)
+    finally: setattr(matmul, name, before)
 
 def _top_on_device(
     queries: np.ndarray,     # (n, d)

@@ -270,8 +270,8 @@ def out_of_memory(at):
     return hook
 
 
-@pytest.mark.parametrize("at, backward", [(1, False), (3, True), (4, False)])
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("cached, at, backward", [
+    (False, 1, False), (False, 3, True), (False, 4, False), (True, 3, True)])
 def test_the_gradient_is_the_same_in_halved_chunks(cached, at, backward, checkpoint, tmp_path, capsys):
     settings = dict(gradient_accumulation_steps=2, per_device_train_batch_size=2, cached=cached, chunk_tokens=128,
                     max_grad_norm=0)
@@ -365,6 +365,11 @@ def test_a_search_on_a_device_gives_the_same_bits(case, monkeypatch):
     monkeypatch.setattr(exact_search, "_top_on_device", lambda *given: on_device(*given[:3], torch.device("cpu")))
     found = top_dense(q, p, k)
     assert (found.passages == wanted.passages).all() and (found.scores == wanted.scores).all()
-    assert sum(asked) == {"plain": 0, "few": 0, "nearly alike": 50}.get(case, sum(asked))
-    assert asked or case in ("plain", "few")
+    assert asked == ([50] if case == "nearly alike" else [])       # the processor is asked where too many are near
 
+
+
+def test_an_instruction_that_leaves_no_room_for_the_query_is_refused(checkpoint, tmp_path):
+    model = load(checkpoint("Qwen3"), "Qwen3", query_prompt="Instruct: find what answers the question\nQuery: ")
+    with pytest.raises(ValueError, match="query_length is 16, and query_prompt alone has .* tokens"):
+        train(model, tmp_path, query_length=16)

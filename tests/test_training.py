@@ -79,13 +79,16 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_two_processes(tmp_path, alone, cached):
-    "Two processes with half a batch each have the loss and the gradient, on every head, of one with the whole batch."
+    """Two processes with half a batch each have the loss and the gradient, on every head, of one with the whole batch;
+    each encodes half of a validation set, and finds what one finds."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]     # on a port that is free
     finish(start("gradients", tmp_path, "cached" if cached else "plain", launcher=torchrun))
     both = torch.load(tmp_path / f"gradients-2-{int(cached)}.pt", weights_only=True)
     assert alone.keys() == both.keys() and {"lexical_head.weight", "multi_head.weight"} < alone.keys()
-    largest = max(g.abs().max().item() for g in alone.values())
-    for name, g in alone.items():
+    gradients = {name: g for name, g in alone.items() if name != "found"}
+    assert len(alone["found"]) == 3 and torch.equal(both["found"], alone["found"])
+    largest = max(g.abs().max().item() for g in gradients.values())
+    for name, g in gradients.items():
         if "key.bias" not in name:   # its gradient is 0, as softmax does not see it
             ratio = (both[name].flatten() @ g.flatten() / g.square().sum()).item()
             assert abs(ratio - 1) < 1e-3, (name, ratio)

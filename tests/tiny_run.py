@@ -60,7 +60,7 @@ def whole(out):
 
 
 def gradients(out, cached):
-    "The gradients of one step, written by the first process."
+    "A validation and the gradients of one step, written by the first process."
     world = int(os.environ.get("WORLD_SIZE", 1))
     run = trainer(out, max_steps=1, per_device_train_batch_size=12 // world, cached=cached, chunk_tokens=200,
                   save_strategy="no", max_grad_norm=0, symmetric=True)
@@ -71,9 +71,11 @@ def gradients(out, cached):
             kept.update({n.removeprefix("module."): p.grad.clone()
                          for n, p in model.named_parameters() if p.grad is not None})
     run.add_callback(Keep())
+    found = torch.tensor([v for k, v in sorted(run.evaluate().items()) if k.endswith("R@1")])   # shared by processes
     run.train()
     if run.is_world_process_zero():
-        kept["loss"] = torch.tensor(run.state.log_history[0]["loss"])
+        kept["loss"] = torch.tensor(next(h["loss"] for h in run.state.log_history if "loss" in h))
+        kept["found"] = found
         torch.save(kept, Path(out) / f"gradients-{world}-{int(cached)}.pt")
     if torch.distributed.is_initialized():     # its threads can abort a process that ends, after all is written
         torch.distributed.destroy_process_group()
