@@ -12,7 +12,7 @@ from contextlib import suppress
 # %% ../nbs/99_figures.ipynb #99f0c009
 PALETTE = ("#1f5fa8", "#b85c00", "#2f7d5f", "#a8457f", "#5f6b7a", "#8a7400")
 BLUE, ORANGE, GREEN, PURPLE, GREY, OLIVE = PALETTE
-RED, PALE, INK, LIGHT = "#b3261e", "#b9c9dc", "#1b2a41", "#c9ced6"
+RED, PALE, INK, LIGHT = "#b3261e", "#7896bc", "#1b2a41", "#c9ced6"
 WASH_BLUE, WASH_ORANGE, WASH_GREEN = "#e3ecf7", "#f8e3cd", "#dcebdc"
 MODE_COLORS = {"dense": BLUE, "lexical": ORANGE, "multi": GREEN, "all": INK, "ensemble": INK}
 

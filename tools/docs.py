@@ -341,6 +341,7 @@ def main():
     mend_links(staged, url)
     mend_pages(staged, cfg.lib_path)
     math_font(staged / "math.woff")
+    shutil.copytree(cfg.nbs_path / "images", staged / "images", dirs_exist_ok=True)   # nbdev copies no pictures
     if shutil.which("quarto"):
         shutil.rmtree(cfg.doc_path, ignore_errors=True)
         subprocess.run(["quarto", "render", "--no-cache"], cwd=staged, check=True)

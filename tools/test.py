@@ -203,7 +203,8 @@ def release():
         f"bgem3_nb-{version}.tar.gz", f"bgem3_nb-{version}-py3-none-any.whl"}, "dist does not hold the two packages"
 
 
-CORE = ["00_backbone", "01_model", "02_encoding", "10_losses", "11_distillation", "14_training"]
+CORE = ["00_backbone", "01_model", "02_encoding", "10_losses", "11_distillation", "14_training", "97_embedded",
+        "98_packed"]
 
 
 def lowest_versions():
