@@ -184,6 +184,11 @@ def check_model(
         if most and (length := getattr(args, name)) > most:
             warnings.warn(f"{name} is {most}, not {length}: this model has no more positions")
             setattr(args, name, most)
+    for side in ("query", "passage"):
+        prompt, length = getattr(model.config, f"{side}_prompt"), getattr(args, f"{side}_length")
+        if prompt and (n := len(model.tokenizer(prompt)["input_ids"])) >= length:
+            raise ValueError(f"{side}_length is {length}, and {side}_prompt alone has {n} tokens; "
+                             f"nothing of a {side} would be read: raise {side}_length")
     if args.freeze_layers > 0: check_layers(model, args.freeze_layers)
     if args.lora_rank: find_peft()
 
