@@ -16,7 +16,7 @@ from .model import REMOVED
 def term_weights(
     ids: torch.Tensor,       # (b, n) token ids
     weights: torch.Tensor,   # (b, n) weights >= 0, 0 where a position does not count
-    terms: torch.Tensor,     # (u,) sorted distinct ids: the columns
+    terms: torch.Tensor,     # (u,) sorted distinct ids, one for each column
 ) -> torch.Tensor:           # (b, u)
     "Return the largest weight of each term in each text; the gradient goes to that position."
     column = torch.searchsorted(terms, ids).clamp(max=len(terms) - 1)
@@ -33,7 +33,7 @@ def lexical_matrix(
 
 # %% ../nbs/10_losses.ipynb #4dac704e
 class _BestMatch(torch.autograd.Function):
-    "Find each query token's largest similarity in each passage; only where it was is kept."
+    "Find each query token's largest similarity in each passage, and keep only its position."
     @staticmethod
     def forward(ctx, tokens, p_multi, p_mask):
         (m, k), table = p_mask.shape, p_multi.flatten(0, 1)
@@ -94,9 +94,9 @@ def _at_width(x, width): return x if width is None else F.normalize(x[..., :widt
 def _view_name(mode, width): return mode if width is None else f"{mode}@{width}"
 
 def score_matrices(
-    queries: list,    # outputs for chunks of queries, b in all, with the fields of `M3Output`
+    queries: list,    # outputs of chunks of queries, b in all, with the fields of `M3Output`
     chunks: list,     # the same for the passages, m in all
-    dims: dict[str, tuple] = {},   # "dense" and "multi" to the smaller widths that are scored too
+    dims: dict[str, tuple] = {},   # mode ("dense", "multi") to smaller widths to score too
     guided: bool = False,          # also score MaxSim with lexical weights on the query's tokens
 ) -> dict[str, torch.Tensor]:      # mode, "mode@width" or "guided" to (b, m)
     "Score a batch in every mode that the outputs carry, in the order of the chunks."
@@ -124,9 +124,9 @@ def score_matrices(
 def weighted_logits(
     scores: torch.Tensor,    # (b, m) similarities
     target: torch.Tensor,    # (b,) column of each query's positive
-    temperature: float,      # divides the similarities
+    temperature: float,      # number that divides the similarities
     weights: torch.Tensor | None = None,  # (b, m) >= 0
-) -> torch.Tensor:           # (b, m), for a softmax over the columns
+) -> torch.Tensor:           # (b, m) logits, to be normalized over the columns
     "Divide scores by the temperature and add log weights; the positive's weight is always 1."
     logits = scores.float() / temperature
     if weights is None: return logits
@@ -136,7 +136,7 @@ def weighted_logits(
 
 def mean_rows(
     losses: torch.Tensor,   # (b,) a loss for each row
-    rows: torch.Tensor | None = None,  # (b,) how much each row counts
+    rows: torch.Tensor | None = None,  # (b,) weight of each row; None: equal
 ) -> torch.Tensor:          # scalar; 0 where no row counts
     "Average the losses over the rows that count."
     return losses.mean() if rows is None else (losses * rows).sum() / rows.sum().clamp(min=1e-9)
@@ -145,10 +145,10 @@ def mean_rows(
 def info_nce(
     scores: torch.Tensor,    # (b, m) similarities
     target: torch.Tensor,    # (b,) column of each query's positive
-    temperature: float = .02,  # the smaller, the more the hardest negatives count
+    temperature: float = .02,  # smaller: the hardest negatives count more
     weights: torch.Tensor | None = None,  # (b, m) >= 0, weight of each passage as a negative
-    symmetric: bool = False,   # the mean of query → passage and passage → query
-    rows: torch.Tensor | None = None,     # (b,) how much each row counts in the mean; None: equally
+    symmetric: bool = False,   # average query → passage and passage → query
+    rows: torch.Tensor | None = None,     # (b,) weight of each row in the mean; None: equal
 ) -> torch.Tensor:           # scalar, nats
     "Compute the cross entropy of the positive among all passages (paper, equation 1)."
     logits = weighted_logits(scores, target, temperature, weights)
@@ -163,11 +163,11 @@ def info_nce(
 # %% ../nbs/10_losses.ipynb #624e4b55
 def teacher_loss(
     scores: torch.Tensor,    # (b, m) similarities
-    teacher: torch.Tensor,   # (b, m) the teacher's scores, nan where it gave none
-    temperature: float = .02,         # of the student
-    teacher_temperature: float = 1.,  # of the teacher: the larger, the softer its judgement
-) -> torch.Tensor:           # scalar, nats; 0 where no row has two judged passages
-    "Compute the cross entropy of teacher and student over the judged passages."
+    teacher: torch.Tensor,   # (b, m) teacher's scores, nan where it gave none
+    temperature: float = .02,         # student's temperature
+    teacher_temperature: float = 1.,  # teacher's temperature; larger: softer targets
+) -> torch.Tensor:           # scalar, nats; 0 where no row has two scored passages
+    "Compute the cross entropy of the student under the teacher, over the scored passages."
     judged = ~teacher.isnan()
     soft = torch.where(judged, teacher.nan_to_num() / teacher_temperature, REMOVED).softmax(-1)
     student = torch.where(judged, scores.float() / temperature, REMOVED).log_softmax(-1)
@@ -175,12 +175,12 @@ def teacher_loss(
 
 def margin_loss(
     scores: torch.Tensor,    # (b, m) similarities
-    teacher: torch.Tensor,   # (b, m) the teacher's scores, nan where it gave none
-    target: torch.Tensor,    # (b,) column of each positive
-    temperature: float = .02,         # of the student
-    teacher_temperature: float = 1.,  # of the teacher
-) -> torch.Tensor:           # scalar; 0 where nothing was judged
-    "Compute the squared difference of margins between the positive and judged negatives."
+    teacher: torch.Tensor,   # (b, m) teacher's scores, nan where it gave none
+    target: torch.Tensor,    # (b,) column of each query's positive
+    temperature: float = .02,         # student's temperature
+    teacher_temperature: float = 1.,  # teacher's temperature
+) -> torch.Tensor:           # scalar; 0 where the teacher scored nothing
+    "Compute the squared difference between the student's and the teacher's margins."
     def margin(x, temperature): return (x.gather(1, target[:, None]) - x) / temperature
     ours, theirs = margin(scores.float(), temperature), margin(teacher, teacher_temperature)
     judged = (~theirs.isnan()).scatter(1, target[:, None], False)
@@ -189,10 +189,10 @@ def margin_loss(
 
 # %% ../nbs/10_losses.ipynb #b282badf
 def flops_penalty(
-    outputs: list,    # of some texts: .ids (b, n), each once in a text, and .lexical (b, n)
-    vocabulary: int,  # number of ids
+    outputs: list,    # outputs with .ids (b, n), each once in a text, and .lexical (b, n)
+    vocabulary: int,  # size of the vocabulary
 ) -> torch.Tensor:    # scalar
-    "Sum over terms the squared mean weight over all texts."
+    "Sum the squares of the terms' mean weights over all texts."
     ids, weights = (torch.cat([getattr(o, name).flatten() for o in outputs])
                     for name in ("ids", "lexical"))
     texts = sum(len(o.ids) for o in outputs)
