@@ -107,7 +107,8 @@ class Keys:
             raise ValueError(f'{file}: write {{"name": {{"key": "…", "levels": []}}}}')
         self.known = []
         for name, e in entries.items():
-            lists = [e.get(k, []) for k in ("levels", "departments")] if isinstance(e, dict) else [0]
+            e = e if isinstance(e, dict) else {}
+            lists = [e.get(k, []) for k in ("levels", "departments")]
             good = all(isinstance(x, list) and all(isinstance(v, str) for v in x) for x in lists)
             if not good or not isinstance(e.get("key"), str) or len(e["key"]) < 16:
                 raise ValueError(f"{file}: {name!r} needs a key of at least 16 characters, and "
@@ -283,17 +284,19 @@ class Arm:
         noted: Callable,                    # called with name, texts and tokens of each batch
     ):
         self.name, self.encoder = name or Path(path).name, _open_encoder(path, settings)
-        config = self.encoder if isinstance(self.encoder, OnnxEncoder) else self.encoder.model.config
+        exported = isinstance(self.encoder, OnnxEncoder)
+        config = self.encoder if exported else self.encoder.model.config
         self.prompts = {"query": config.query_prompt, "passage": config.passage_prompt}
         self.index = _open_index(index, self.encoder, bool(settings.keys)) if index else None
         sample = encode_ids(self.encoder, self.encoder.tokenize(["a"]), OUTPUTS)[0]   # warms it up
         self.width = len(sample["dense"])
-        self.vocabulary = (self.encoder.settings["vocabulary"] if config is self.encoder
+        self.vocabulary = (self.encoder.settings["vocabulary"] if exported
                            else self.encoder.model.encoder.config.vocab_size)
         self.searcher = ThreadPoolExecutor(1, "search")
         self.batcher = Batcher(
-            partial(encode_ids, self.encoder), settings.batch_tokens or 2 * self.encoder.batch_tokens,
-            settings.queue_tokens, partial(noted, self.name))
+            partial(encode_ids, self.encoder),
+            settings.batch_tokens or 2 * self.encoder.batch_tokens, settings.queue_tokens,
+            partial(noted, self.name))
 
     def tokenize(self, texts: list[str], kinds: list[str]) -> tuple[list, int]:
         "Get the token ids of texts behind the prompts of their kinds; how many were truncated."
@@ -590,6 +593,8 @@ class Guard:
         if self.now > s.max_requests:
             raise Refusal(429, f"more than {s.max_requests} requests at once; come again later", 1)
         body = await read_body(headers, receive, s.max_bytes, s.body_seconds)
+        headers[b"content-type"] = b"application/json"     # whatever a client calls it
+        scope["headers"] = [*headers.items()]
         return None if body is None else _replayed(body, receive)
 
 # %% ../nbs/36_serving.ipynb #36a00048
@@ -652,7 +657,8 @@ def make_app(settings: Settings):
     from starlette.exceptions import HTTPException
     metrics = _metrics()
     def noted(name, texts, tokens):
-        for m, value in ((metrics.texts, texts), (metrics.tokens, tokens)): m.labels(name).inc(value)
+        metrics.texts.labels(name).inc(texts)
+        metrics.tokens.labels(name).inc(tokens)
         metrics.batch.labels(name).observe(tokens)
     service = Service(settings, noted)
     @asynccontextmanager
@@ -720,6 +726,19 @@ def _app_or_exit(settings: Settings):
         raise SystemExit(3) from None      # uvicorn's code for a worker that cannot start
 
 # %% ../nbs/36_serving.ipynb #36a00056
+def _supervise(config, bound) -> int:
+    "Run a worker until a signal comes, and another where it dies; returns the exit code."
+    from uvicorn.supervisors import Multiprocess
+    class Supervisor(Multiprocess):
+        def keep_subprocess_alive(self):
+            # the worker's end of the pipe: left open here, its death is noticed by time-out only
+            for p in self.processes: p.child_conn.close()
+            super().keep_subprocess_alive()
+    supervisor = Supervisor(config, [bound])
+    supervisor.run()
+    return int(any(p.exitcode == 3 for p in supervisor.processes))
+
+# %% ../nbs/36_serving.ipynb #36a00057
 def _logging() -> dict:
     "Let uvicorn write warnings alone, and the server a line for each request."
     shown = {"handlers": ["out"], "propagate": False}
@@ -737,7 +756,6 @@ def main(argv: list[str] | None = None) -> int:
         settings = Settings(**a).check()
         try:
             from uvicorn import Config
-            from uvicorn.supervisors import Multiprocess
         except ImportError:
             raise ImportError('the server needs uvicorn; install it with: pip install '
                               '"bgem3_nb[serve]"') from None
@@ -751,6 +769,4 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bgem3-serve: {' '.join(str(e).split())}", file=sys.stderr)
         return 1
     print(f"bgem3-serve: http://{host}:{bound.getsockname()[1]}", flush=True)
-    supervisor = Multiprocess(config, [bound])
-    supervisor.run()
-    return int(any(p.exitcode == 3 for p in supervisor.processes))
+    return _supervise(config, bound)
