@@ -635,7 +635,11 @@ async def _answer(service: Service, request, work: Callable, form):
                                       return_when=asyncio.FIRST_COMPLETED)
     finally: gone.cancel()
     if task in done:
-        arm, body = task.result()
+        try: arm, body = task.result()
+        except Refusal: raise
+        except Exception as error:
+            _log.error("%s", request.url.path, exc_info=error)
+            raise Refusal(500, "the model failed on this request; the log says why") from None
         served["model"] = arm.name
         return JSONResponse(body)
     task.cancel()

@@ -252,10 +252,13 @@ def random_bytes(r):
     "Something that is nearly a request."
     body = bytes(r.randrange(256) for _ in range(r.randrange(200)))
     path = r.choice(["/encode", "/search", "/v1/embeddings", "/rerank", "/", "/%00", "/ready?x"])
-    head = r.choice([HEAD.replace("/encode", path), f"POST {path} HTTP/1.1\r\n", "\x00", f"{'A' * 70}: b\r\n"])
-    length = r.choice([f"Content-Length: {len(body)}\r\n", "", "Content-Length: -1\r\n",
-                       "Transfer-Encoding: chunked\r\n"])
-    return head.encode("latin-1") + length.encode() + b"\r\n" + r.choice([body, b"{" + body + b"}", b"null"])
+    good = HEAD.replace("/encode", path)
+    head = r.choice([good, good, good, good, f"POST {path} HTTP/1.1\r\n", "\x00", f"{'A' * 70}: b\r\n"])
+    body = r.choice([body, b"{" + body + b"}", b"null", b'{"texts": [' + body + b"]}",
+                     b'{"texts": ["\\ud800\\u0000"]}'])
+    size = f"Content-Length: {len(body)}\r\n"
+    length = r.choice([size, size, size, size, "", "Content-Length: -1\r\n", "Transfer-Encoding: chunked\r\n"])
+    return head.encode("latin-1") + length.encode() + b"\r\n" + body
 
 
 def send_random_bytes(server, n, seed=0):
@@ -263,7 +266,7 @@ def send_random_bytes(server, n, seed=0):
     r, found = random.Random(seed), []
     for _ in range(n):
         with server.raw(random_bytes(r)) as s:
-            s.shutdown(socket.SHUT_WR)
+            s.settimeout(.2)                 # what waits for more gets no answer yet, and is left
             try: found.append(s.recv(200).split(b" ")[1:2])
             except OSError: found.append([])
     return [int(f[0]) for f in found if f]
@@ -320,9 +323,8 @@ def test_stopping_finishes_what_was_accepted(folder):
                     folder / "keys.json", "--batch-tokens", "8")
     with server.web() as web:
         assert [h["id"] for h in web.post("/search", json={"query": TEXTS[1]}).json()["hits"]][0] == "1"
-        check_three_outputs(web.post("/encode", json={"texts": TEXTS}).json(),
-                            M3Encoder.from_pretrained(folder / "old", progress=False).encode(TEXTS),
-                            M3Encoder.from_pretrained(folder / "old", progress=False))
+        own = M3Encoder.from_pretrained(folder / "old", dtype=torch.float32, progress=False)
+        check_three_outputs(web.post("/encode", json={"texts": TEXTS}).json(), own.encode(TEXTS), own)
         replies, body = [], {"texts": ["a " * 60] * 200, "outputs": ["dense"]}
         threads = [threading.Thread(target=lambda: replies.append(
             httpx.post(f"{server.address}/encode", json=body, headers=web.headers, timeout=60))) for _ in range(3)]
@@ -332,7 +334,7 @@ def test_stopping_finishes_what_was_accepted(folder):
     for t in threads: t.join()
     assert [r.status_code for r in replies] == [200] * 3
     with pytest.raises(OSError): server.raw(b"")
-    assert "Traceback" not in server.log.read_text()
+    assert "Traceback" not in server.log.read_text(), server.log.read_text()[-2000:]
 
 
 def test_what_cannot_be_served_is_one_sentence(folder, tmp_path, capsys):
