@@ -574,7 +574,10 @@ class Guard:
         async def noted(message):
             if message["type"] == "http.response.start":
                 scope["served"]["status"] = message["status"]
-            await send(message)
+            try: await send(message)
+            except Exception as e:      # the client broke the connection, or the rules of HTTP
+                scope["served"]["status"] = 499
+                _log.warning("connection lost: %s", type(e).__name__)
         self.now += 1
         try:
             if scope["path"] in POSTS: receive = await self.admit(scope, receive)
