@@ -10,13 +10,12 @@ import json
 import re
 from collections.abc import Iterable
 from copy import deepcopy
+from importlib import import_module
 from unicodedata import normalize
 
 import numpy as np
 import torch
 from torch import nn
-
-from .text import is_decomposed, to_nfc
 
 # %% ../nbs/98_smaller.ipynb #98a00008
 _TONES = "\u0300\u0301\u0303\u0309\u0323"
@@ -62,9 +61,13 @@ def _unigram(tokenizer) -> dict:
         raise ValueError("only a Unigram tokenizer (that of BGE-M3 and XLM-R) can be trimmed")
     return rules
 
+def _cut(tokenizer, texts: list[str]) -> list[list[int]]:
+    "Get the token ids of texts as the encoder reads them."
+    return import_module("bgem3_nb.backbone").TextTokenizer(tokenizer)(texts)[0]
+
 def kept_ids(
     model,                     # an `M3Model`
-    texts: Iterable[str],      # a corpus
+    texts: list[str],          # a corpus
     languages: Iterable[str] = (),   # keys of `LETTERS`
     most: int = 6000,          # longer pieces of each language
 ) -> np.ndarray:               # (m,) rising
@@ -79,9 +82,8 @@ def kept_ids(
                                                         key=lambda i: vocabulary[i][1])}
     for language in languages: kept |= {*language_ids(vocabulary, language, most)}
     for prompt in {"", config.query_prompt, config.passage_prompt}:
-        read = [prompt + (to_nfc(t) if is_decomposed(t) else t) for t in texts]
-        for a in range(0, len(read), 4096):
-            for e in tokenizer.backend_tokenizer.encode_batch(read[a:a + 4096]): kept |= {*e.ids}
+        for a in range(0, len(texts), 4096):
+            for ids in _cut(tokenizer, [prompt + t for t in texts[a:a + 4096]]): kept |= {*ids}
     return np.array(sorted(i for i in kept if i < len(vocabulary)))
 
 # %% ../nbs/98_smaller.ipynb #98a00012
@@ -144,10 +146,10 @@ def coverage(
     texts: list[str],
 ) -> dict:
     "Count texts that are cut as before, and tokens that have become unknown."
-    texts = [to_nfc(t) if is_decomposed(t) else t for t in texts]
-    before, after = (m.tokenizer.backend_tokenizer.encode_batch(texts) for m in (model, small))
+    before, after = (_cut(m.tokenizer, texts) for m in (model, small))
     unknown = small.tokenizer.unk_token_id, model.tokenizer.unk_token_id
-    lost = [e.ids.count(unknown[0]) - f.ids.count(unknown[1]) for e, f in zip(after, before)]
-    same = sum(e.tokens == f.tokens for e, f in zip(after, before))
-    return {"texts": len(texts), "covered": same, "tokens": sum(len(e.ids) for e in after),
+    lost = [a.count(unknown[0]) - b.count(unknown[1]) for a, b in zip(after, before)]
+    names = [m.tokenizer.convert_ids_to_tokens for m in (model, small)]
+    same = sum(names[0](b) == names[1](a) for a, b in zip(after, before))
+    return {"texts": len(texts), "covered": same, "tokens": sum(map(len, after)),
             "unknown": sum(lost), "texts_with_unknown": sum(n > 0 for n in lost)}
