@@ -37,7 +37,7 @@ LETTERS = {   # language -> letters of its own, letters that it shares with othe
 def language_ids(
     vocabulary: list,          # piece and score of each id
     language: str,             # a key of `LETTERS`
-    most: int = 6000,          # longer pieces that are kept
+    most: int = 10_000,          # longer pieces that are kept
 ) -> list[int]:
     "Choose a language's single letters and its most probable pieces. Raises ValueError."
     if language not in LETTERS:
@@ -69,7 +69,7 @@ def kept_ids(
     model,                     # an `M3Model`
     texts: list[str],          # a corpus
     languages: Iterable[str] = (),   # keys of `LETTERS`
-    most: int = 6000,          # longer pieces of each language
+    most: int = 10_000,          # longer pieces of each language
 ) -> np.ndarray:               # (m,) rising
     "Choose the token ids that stay. Raises ValueError for an unknown language or tokenizer."
     if isinstance(languages, str): raise ValueError(f"languages is a list; write [{languages!r}]")
@@ -112,7 +112,7 @@ def trim_vocabulary(
     model,                           # an `M3Model`, with a projection or without; stays as it is
     texts: Iterable[str] = (),       # a corpus whose texts will have the same outputs
     languages: Iterable[str] = (),   # keys of `LETTERS`
-    most: int = 6000,                # longer pieces of each language
+    most: int = 10_000,                # longer pieces of each language
 ):                                   # a model of the same kind
     "Make a model with a smaller vocabulary. Raises ValueError where it cannot be."
     kept = torch.tensor(kept_ids(model, list(texts), languages, most))
