@@ -330,6 +330,7 @@ def test_stopping_finishes_what_was_accepted(folder):
             httpx.post(f"{server.address}/encode", json=body, headers=web.headers, timeout=60))) for _ in range(3)]
         for t in threads: t.start()
         while 'waiting_tokens{model="onnx"} 0.0' in web.get("/metrics").text: time.sleep(.01)
+        time.sleep(.5)                       # all three are inside: what is not accepted yet is refused
     assert server.stop() == 0
     for t in threads: t.join()
     assert [r.status_code for r in replies] == [200] * 3
