@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .backbone import TextTokenizer
+from .encoding import model_marks
 from .files import save_directory
 from .model import default_length, M3Model, max_positions, pool_states
 
@@ -200,7 +201,7 @@ def _reader_settings(
             "max_length": default_length(model), "positions": max_positions(model.encoder),
             "query_prompt": config.query_prompt, "passage_prompt": config.passage_prompt,
             "special_before": text.before, "special_after": text.after,
-            "truncate_left": text.left}
+            "truncate_left": text.left, "model": model_marks(model)}
 
 def export_onnx(
     model: M3Model,            # stays as it is

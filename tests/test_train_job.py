@@ -1,4 +1,5 @@
 """Wrong input to the training job: one sentence with file, line and field, exit code 1, nothing half-written."""
+import importlib.util
 import json
 
 import pandas as pd
@@ -68,6 +69,37 @@ def test_trained_heads_stay_and_replacing_them_is_printed(tmp_path, launch):
     assert "lexical head alone" in said["replaced"]
     check_report(tmp_path / "replaced")
     check_panel(tmp_path / "kept", said["kept"])
+    check_package(tmp_path / "kept")
+
+
+def check_package(run):
+    "What is handed over has the numbers of the run, and its card is one that the hub reads."
+    from huggingface_hub import ModelCard
+    from sentence_transformers import SentenceTransformer
+    from bgem3_nb.encoding import M3Encoder
+    metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    found = json.loads((run / "model" / "evaluation_results" / "performance_metrics.json").read_text(encoding="utf-8"))
+    assert metrics.items() <= found.items() and found["cost"]["passages_per_second"] > 0
+    after = metrics["after"]["all"]["nDCG@10"]["mean"]
+    card = ModelCard.load(run / "model" / "README.md")
+    assert {r.metric_name: r.metric_value for r in card.data.eval_results}["nDCG@10, all"] == round(after, 4)
+    assert "not known" in card.text and "## Intended use" in card.text      # licences that nobody stated
+    guide = (run / "model" / "deployment_guide.md").read_text(encoding="utf-8")
+    for part in (f"{after:.3f}", "60 tokens", "bgem3-serve", "## Migration", "## Rollback", "SentenceTransformer"):
+        assert part in guide, part
+    args = json.loads((run / "model" / "training_args.json").read_text(encoding="utf-8"))
+    assert args["stages"]["unified"]["max_steps"] == 1 and args["parameters"]["search_length"] == 60
+    if importlib.util.find_spec("typst"):
+        assert (run / "model" / "comparison_report.pdf").read_bytes().startswith(b"%PDF")
+    own = M3Encoder.from_pretrained(run / "model", progress=False).encode("nội dung")
+    assert abs(SentenceTransformer(str(run / "model"), device="cpu").encode("nội dung") - own).max() < 1e-5
+
+
+def test_where_nothing_can_be_uploaded_it_is_said_before_the_training(launch, tmp_path):
+    done = launch("train", "-p", "source", str(REPO / "data" / "law_mini.jsonl"), "-p", "push_to_hub", "user/model",
+                  "--out", str(tmp_path / "run"), "--no-progress")
+    assert done.returncode == 1 and "push_to_hub needs the network" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "model").exists()
 
 
 def check_panel(run, said):
@@ -90,7 +122,7 @@ def check_report(run):
     "The settings are all parameters that the result depends on; the page begins with the summary, its set-up folded."
     from bgem3_nb.jobs import find_jobs, job_params
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    aside = {"out", "progress", "resume", "check", "report_to", "price_per_hour"}
+    aside = {"out", "progress", "resume", "check", "report_to", "price_per_hour", "push_to_hub"}
     assert config.keys() == job_params(find_jobs()["train"]).keys() - aside
     assert (config["replace_heads"], config["search_length"]) == (True, 60)
     page = (run / "train.html").read_text(encoding="utf-8")
