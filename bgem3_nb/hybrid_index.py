@@ -29,6 +29,7 @@ from fastcore.basics import patch
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from .compression import keep_top, lexical_importance
 from .documents import Chunk, chunk_document, Document
 from .encoding import Embeddings, M3Encoder, model_marks
 from .files import replace_file
@@ -59,7 +60,7 @@ def _engine_errors(
         said = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         if "WouldBlock" in said:
             why = "another process has this index open; wait until it ends"
-        elif "No space left" in said:
+        elif "No space left" in said or "File too large" in said:
             why = f"the disk is full ({said}); what was acknowledged is kept: make room, run again"
         elif type(e).__name__ in ("ResponseHandlingException", "ConnectionError"):
             why = f"the server does not answer ({said}); what was acknowledged is kept: run again"
@@ -73,7 +74,7 @@ class EmbeddedEngine:
         path: Path,   # directory of the index
     ):
         self.api, self.path, self.place = _package("qdrant_edge"), Path(path), str(path)
-        self.shard = None
+        self.shard, self.written = None, 0     # bytes since it was opened
 
     def match(self, field, value):
         return self.api.FieldCondition(field, match=self.api.MatchValue(value))
@@ -90,16 +91,45 @@ class EmbeddedEngine:
     def config(self, settings):
         "Describe the vectors of a collection."
         q, widths = self.api, settings["widths"]
-        def vector(width, **more): return q.EdgeVectorParams(width, q.Distance.Dot, **more)
-        vectors = {"dense": vector(widths["dense"])} if "dense" in widths else {}
+        def vector(mode, **more):
+            kind = settings["quantization"].get(mode)
+            quantized = {"scalar": lambda: q.ScalarQuantizationConfig(q.ScalarType.Int8),
+                         "binary": q.BinaryQuantizationConfig}[kind]() if kind else None
+            return q.EdgeVectorParams(widths[mode], q.Distance.Dot,
+                                      quantization_config=quantized, **more)
+        vectors = {"dense": vector("dense")} if "dense" in widths else {}
         if "multi" in widths:
             maxsim = q.MultiVectorConfig(q.MultiVectorComparator.MaxSim)
             vectors["multi"] = vector(
-                widths["multi"], multivector_config=maxsim,
+                "multi", multivector_config=maxsim,
                 datatype=q.VectorStorageDatatype.Float16,
                 hnsw_config=q.HnswIndexConfig(m=0, ef_construct=100, full_scan_threshold=10_000))
         sparse = {"lexical": q.EdgeSparseVectorParams()} if "lexical" in settings["outputs"] else {}
         return q.EdgeConfig(vectors=vectors, sparse_vectors=sparse)
+
+# %% ../nbs/34_hybrid_index.ipynb #c41e0a05
+_ROOM = 64e6    # bytes that the engine's files may grow by beside what is written
+
+@patch
+def check_room(self: EmbeddedEngine,
+    needed: float,   # bytes
+):
+    "Raises IndexProblem where the disk has too little room for a write."
+    there = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed + _ROOM:
+        raise IndexProblem(f"{self.place}: the disk is full or nearly so: {free / 1e6:,.0f} MB are "
+                           f"free and {(needed + _ROOM) / 1e6:,.0f} are needed; what was "
+                           "acknowledged is kept: make room, run again")
+
+def _point_bytes(
+    point: tuple,   # (id, vectors by mode, payload)
+) -> int:
+    "Estimate the bytes of a point, at four a number."
+    _, vectors, payload = point
+    rows = vectors.get("multi", [])
+    numbers = len(rows) * len(rows[0] if rows else []) + len(vectors.get("dense", []))
+    return 4 * numbers + 8 * len(vectors.get("lexical", [[]])[0]) + 4 * len(json.dumps(payload))
 
 # %% ../nbs/34_hybrid_index.ipynb #7f498c3c
 _SETTINGS, _POINTS = "index.json", "points"
@@ -126,6 +156,7 @@ def create(self: EmbeddedEngine, settings: dict):
     if self.path.is_file() or self.path.is_dir() and any(self.path.iterdir()):
         raise IndexProblem(f"{self.path}: there is something else here, which is no index; "
                            "give another path")
+    self.check_room(0)
     points.mkdir(parents=True)
     with _engine_errors(self.place):
         self.shard = self.api.EdgeShard.create(str(points), self.config(settings))
@@ -147,6 +178,9 @@ def upsert(self: EmbeddedEngine, points: list):   # (id, vectors by mode, payloa
     "Write points; those with the same ids are replaced."
     q = self.api
     def named(v): return {m: q.SparseVector(*x) if m == "lexical" else x for m, x in v.items()}
+    size = sum(map(_point_bytes, points))
+    self.check_room(4 * size)
+    self.written += size
     with _engine_errors(self.place):
         points = [q.Point(i, named(v), payload) for i, v, payload in points]
         self.shard.update(q.UpdateOperation.upsert_points(points))
@@ -154,18 +188,21 @@ def upsert(self: EmbeddedEngine, points: list):   # (id, vectors by mode, payloa
 @patch
 def set_payload(self: EmbeddedEngine, point: str, payload: dict):
     "Replace the payload of a point and keep its vectors."
+    self.check_room(0)
     with _engine_errors(self.place):
         self.shard.update(self.api.UpdateOperation.overwrite_payload([point], payload))
 
 @patch
 def delete(self: EmbeddedEngine, condition):
     "Delete the points that fulfil a condition."
+    self.check_room(0)
     with _engine_errors(self.place):
         self.shard.update(self.api.UpdateOperation.delete_points_by_filter(condition))
 
 @patch
 def finish(self: EmbeddedEngine):
     "Write everything to its place, merge segments, build graphs."
+    self.check_room(2 * self.written)
     with _engine_errors(self.place):
         self.shard.flush()
         self.shard.optimize()
@@ -221,7 +258,8 @@ def search(self: EmbeddedEngine,
     def near(m):
         v = vectors[m]
         return q.Query.Nearest(q.SparseVector(*v) if m == "lexical" else v, using=m)
-    params = q.SearchParams(exact=exact)
+    coarse = q.QuantizationSearchParams(ignore=exact)
+    params = q.SearchParams(exact=exact, quantization=coarse)
     found = [q.Prefetch(candidates, near(m), filter=condition, params=params) for m in first]
     scored = [q.Prefetch(candidates * len(first), near(m), prefetches=found) for m in modes]
     names = [f"$score[{n}]" for n in range(len(modes))]
@@ -288,11 +326,15 @@ def write_settings(self: ServerEngine, settings: dict):
 def create(self: ServerEngine, settings: dict):
     "Make the collection and the indexes of its payload."
     m, widths = self.api, settings["widths"]
-    def vector(width, **more): return m.VectorParams(size=width, distance=m.Distance.DOT, **more)
-    vectors = {"dense": vector(widths["dense"])} if "dense" in widths else {}
+    small = {"scalar": m.ScalarQuantization(scalar=m.ScalarQuantizationConfig(type="int8")),
+             "binary": m.BinaryQuantization(binary=m.BinaryQuantizationConfig())}
+    def vector(mode, **more): return m.VectorParams(
+        size=widths[mode], distance=m.Distance.DOT,
+        quantization_config=small.get(settings["quantization"].get(mode)), **more)
+    vectors = {"dense": vector("dense")} if "dense" in widths else {}
     if "multi" in widths:
         maxsim = m.MultiVectorConfig(comparator=m.MultiVectorComparator.MAX_SIM)
-        vectors["multi"] = vector(widths["multi"], multivector_config=maxsim,
+        vectors["multi"] = vector("multi", multivector_config=maxsim,
                                   datatype=m.Datatype.FLOAT16, hnsw_config=m.HnswConfigDiff(m=0))
     sparse = {"lexical": m.SparseVectorParams()} if "lexical" in settings["outputs"] else {}
     self.call("create_collection", vectors_config=vectors, sparse_vectors_config=sparse,
@@ -364,7 +406,8 @@ def search(self: ServerEngine,
     "Find candidates, score them in all modes, fuse the scores."
     m, modes = self.api, list(weights)
     vectors = {k: self.sparse(v) if k == "lexical" else v for k, v in vectors.items()}
-    params = m.SearchParams(exact=exact)
+    coarse = m.QuantizationSearchParams(ignore=exact)
+    params = m.SearchParams(exact=exact, quantization=coarse)
     found = [m.Prefetch(query=vectors[x], using=x, limit=candidates, filter=condition,
                         params=params) for x in first]
     scored = [m.Prefetch(query=vectors[x], using=x, limit=candidates * len(first), prefetch=found)
@@ -598,6 +641,7 @@ def check_payload(
 # %% ../nbs/34_hybrid_index.ipynb #4bef19b8
 CHUNKING = {"min_tokens": 200, "max_tokens": 500, "overlap": 50}
 _FORMAT = 1
+_SINCE = {"multi_tokens": 0, "quantization": {}}    # of indexes that were made before these
 
 class HybridIndex:
     "A searchable index of chunks. Raises IndexProblem where it cannot be opened as asked."
@@ -613,7 +657,7 @@ class HybridIndex:
         if kept is None and (not create or encoder is None):
             raise IndexProblem(f"{self.engine.place}: there is no index here; make one with "
                                "HybridIndex(place, encoder), or with the job index")
-        self.settings = kept or _new_settings(encoder, **settings)
+        self.settings = {**_SINCE, **kept} if kept else _new_settings(encoder, **settings)
         if kept is None: self.engine.create(self.settings)
         else:
             self._compare(settings)
@@ -636,6 +680,22 @@ class HybridIndex:
     def __enter__(self): return self
     def __exit__(self, *error): self.close()
 
+# %% ../nbs/34_hybrid_index.ipynb #c41e0a02
+def _check_vectors(
+    outputs: tuple, multi_tokens: int, quantization: dict,   # as for `_new_settings`
+):
+    "Raises IndexProblem naming a setting of the vectors that is not possible."
+    if not set(outputs) & {"dense", "lexical"} or set(outputs) - set(OUTPUTS):
+        raise IndexProblem(f"outputs must be some of {', '.join(OUTPUTS)}, dense or lexical among "
+                           f"them, which find the candidates; not {outputs!r}")
+    if multi_tokens < 0 or multi_tokens and not {"lexical", "multi"} <= set(outputs):
+        raise IndexProblem("multi_tokens keeps the tokens with the largest lexical weights; it is "
+                           f"0 or more, with lexical and multi in outputs, not {multi_tokens}")
+    possible = {"dense", "multi"} & set(outputs)
+    if set(quantization) - possible or set(quantization.values()) - {"scalar", "binary"}:
+        raise IndexProblem(f"quantization is scalar or binary for {' or '.join(sorted(possible))}, "
+                           f"not {quantization!r}")
+
 # %% ../nbs/34_hybrid_index.ipynb #3c037b75
 def _new_settings(
     encoder: M3Encoder,
@@ -646,11 +706,11 @@ def _new_settings(
     weights: str | dict = "",               # of a search ("" = the paper's)
     max_length: int | None = None,          # tokens after which a text is truncated
     model_name: str = "embedded",           # what to load for a search, for `bgem3-search`
+    multi_tokens: int = 0,                  # most multi-vectors of a chunk (0 = all)
+    quantization: dict[str, str] | None = None,   # "dense" or "multi" → "scalar" or "binary"
 ) -> dict:
     "The settings of a new index. Raises IndexProblem naming one that is not possible."
-    if not set(outputs) & {"dense", "lexical"} or set(outputs) - set(OUTPUTS):
-        raise IndexProblem(f"outputs must be some of {', '.join(OUTPUTS)}, dense or lexical among "
-                           f"them, which find the candidates; not {outputs!r}")
+    _check_vectors(outputs, multi_tokens, quantization or {})
     for name, kind in (fields or {}).items():
         if kind not in FIELD_TYPES: raise IndexProblem(
             f"fields: {name} must be one of {', '.join(FIELD_TYPES)}, not {kind!r}")
@@ -666,6 +726,7 @@ def _new_settings(
             "max_length": max_length or encoder.max_length, "fields": {**(fields or {}), **typed},
             "access": json.loads(json.dumps(asdict(access))) if access else None,
             "chunking": {**CHUNKING, **(chunking or {})},
+            "multi_tokens": multi_tokens, "quantization": dict(quantization or {}),
             "weights": dict(named_weights(weights or paper)), "no_answer": None}
 
 # %% ../nbs/34_hybrid_index.ipynb #b6d3983f
@@ -709,10 +770,7 @@ class Written:
 @patch
 def _encode(self: HybridIndex, entries: list[Entry]) -> tuple[list, int]:
     "The points of entries, and how many were truncated. Raises IndexProblem for NaN."
-    s = self.settings
-    e, cut = self.encoder.encode_counted(
-        [x.encoded for x in entries], prompt=s["passage_prompt"], outputs=tuple(s["outputs"]),
-        max_length=s["max_length"], progress=False)
+    e, cut = self._embed([x.encoded for x in entries])
     points = []
     for n, entry in enumerate(entries):
         vectors = _vectors(e, n)
@@ -733,6 +791,18 @@ def _vectors(
         found["lexical"] = (row.indices.tolist(), row.data.tolist())
     if e.multi is not None and len(v := e.vectors(n)): found["multi"] = v.tolist()
     return found
+
+# %% ../nbs/34_hybrid_index.ipynb #c41e0a03
+@patch
+def _embed(self: HybridIndex, texts: list[str]) -> tuple[Embeddings, int]:
+    "Embed passages with as many multi-vectors as the index keeps; say how many were truncated."
+    s = self.settings
+    how = {"prompt": s["passage_prompt"], "max_length": s["max_length"]}
+    e, cut = self.encoder.encode_counted(texts, outputs=tuple(s["outputs"]), progress=False, **how)
+    if s["multi_tokens"]:
+        ids = self.encoder.tokenize(texts, **how)
+        e = keep_top(e, lexical_importance(e, ids), s["multi_tokens"])
+    return e, cut
 
 # %% ../nbs/34_hybrid_index.ipynb #141cca6f
 @patch
