@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date, datetime
 from hashlib import blake2b
 from importlib import import_module
@@ -917,6 +917,7 @@ class Hit:
 class Hits(list):
     "Hits, best first."
     no_answer: bool = False    # the best is below the fitted threshold: do not answer from these
+    reranked: bool = False     # a reranker has put them in order
 
 def _hit(score: float, payload: dict) -> Hit:
     "Read a hit from what the engine gives."
@@ -966,6 +967,8 @@ def search(self: HybridIndex,
     candidates: int = 100,              # found by dense and as many by lexical
     offset: int = 0,                    # hits before this page
     exact: bool = False,                # compare every dense vector; use no graph
+    reranker=None,                      # puts the first hits in order, as in the chapter Reranking
+    rerank_depth: int = 50,             # hits that it reads
 ) -> Hits:
     "Find the best chunks or documents. Raises IndexProblem where it cannot be done as asked."
     if by not in ("chunk", "document") or fusion not in ("weights", "rrf", "dbsf"):
@@ -974,17 +977,22 @@ def search(self: HybridIndex,
     if k < 1 or offset < 0 or offset + k > candidates:
         raise IndexProblem(f"k must be 1 or more and offset + k ({offset + k}) at most candidates "
                            f"({candidates}); raise candidates for deeper pages")
-    condition = self._condition(principal, where, valid_on)
+    if reranker is not None: _check_reranking(query, offset + k, rerank_depth, candidates)
+    condition, texts = self._condition(principal, where, valid_on), {}
     vectors, first, scaled = self._plan(query, weights)
-    def page(limit, offset): return [_hit(*found) for found in self.engine.search(
-        vectors, first, scaled, fusion, condition, candidates, limit, offset, exact)]
+    def page(limit, offset):
+        found = self.engine.search(vectors, first, scaled, fusion, condition, candidates, limit,
+                                   offset, exact)
+        texts.update((p["id"], p.get("encoded", p["text"])) for _, p in found)
+        return [_hit(*f) for f in found]
     hits, limit = Hits(), self.settings["no_answer"]
-    if first and by == "chunk": hits += page(k, offset)
-    elif first: hits += _documents(page, k, offset, 2 * candidates)
-    best = hits[0].score if hits and not offset else -np.inf
+    at, number = (offset, k) if reranker is None else (0, rerank_depth)
+    if first and by == "chunk": hits += page(number, at)
+    elif first: hits += _documents(page, number, at, 2 * candidates)
+    best = hits[0].score if hits and not at else -np.inf
     fitted = limit and fusion == "weights" and not offset and not weights   # for other scores: no
     hits.no_answer = bool(fitted and best < limit["threshold"])
-    return hits
+    return hits if reranker is None else _rerank(hits, query, texts, reranker, offset, k)
 
 # %% ../nbs/34_hybrid_index.ipynb #d245e74c
 def _documents(page, k: int, offset: int, most: int) -> list[Hit]:
@@ -996,6 +1004,34 @@ def _documents(page, k: int, offset: int, most: int) -> list[Hit]:
         if len(best) >= offset + k or len(found) < limit or limit >= most:
             return list(best.values())[offset:offset + k]
         limit = min(most, 2 * limit)
+
+# %% ../nbs/34_hybrid_index.ipynb #c41e0a07
+def _check_reranking(query, last: int, depth: int, candidates: int):
+    "Raises IndexProblem where hits cannot be reranked as asked."
+    if not isinstance(query, str):
+        raise IndexProblem("a reranker reads texts; give the query as text, not as embeddings")
+    if not last <= depth <= candidates:
+        raise IndexProblem(f"rerank_depth ({depth}) must be at least offset + k ({last}) and at "
+                           f"most candidates ({candidates})")
+
+def _rerank(
+    hits: Hits,              # of the search, best first
+    query: str,
+    texts: dict[str, str],   # id of a chunk → what the model read
+    reranker,                # with `scores`, as `Reranker` has them
+    offset: int, k: int,     # the page
+) -> Hits:
+    "Sort the hits by a reranker's scores; those of a query without all scores stay as they were."
+    n, scores = len(hits), np.zeros(0)
+    if n: scores = reranker.scores([query], [texts[h.id] for h in hits], np.zeros(n, int),
+                                   np.arange(n))
+    new = Hits(hits)
+    new.no_answer, new.reranked = hits.no_answer, bool(n and not np.isnan(scores).any())
+    if new.reranked:
+        new[:] = [replace(hits[i], score=float(scores[i]))
+                  for i in np.argsort(-scores, kind="stable")]
+    new[:] = new[offset:offset + k]
+    return new
 
 # %% ../nbs/34_hybrid_index.ipynb #a389a3aa
 @patch

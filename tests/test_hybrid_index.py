@@ -185,6 +185,37 @@ def test_every_read_needs_a_principal(filled):
     with pytest.raises(IndexProblem, match="are a list, not one text"): Principal("public")
 
 
+class Reader:
+    "A reranker that likes long texts, remembers what it was given, and may have nothing to say."
+    name = "reader"
+    def __init__(self): self.seen, self.silent = [], False
+    def scores(self, queries, passages, i, j):
+        self.seen += passages
+        return np.array([np.nan if self.silent else len(passages[n]) for n in j], np.float32)
+
+
+@pytest.mark.parametrize("by", ["chunk", "document"])
+def test_a_reranker_sorts_what_may_be_seen_and_falls_back(filled, by):
+    index, rows, _, _ = filled
+    r, text = random.Random(4), {row["id"]: row["text"] for row in rows}
+    for n in range(60):
+        reader, (who, where, day) = Reader(), random_read(r)
+        hits = index.search("lương thuế", 5, who, where, day, by, reranker=reader, rerank_depth=30)
+        seen = {row["text"] for row in rows if is_seen(row, who, where, day)}
+        assert set(reader.seen) <= seen and hits.reranked == bool(hits)
+        first = index.search("lương thuế", 30, who, where, day, by)
+        assert [h.id for h in hits] == [h.id for h in sorted(first, key=lambda h: -len(text[h.id]))][:5]
+        reader.silent = True
+        same = index.search("lương thuế", 5, who, where, day, by, reranker=reader, rerank_depth=30)
+        assert not same.reranked and [(h.id, h.score) for h in same] == [(h.id, h.score) for h in first[:5]]
+        later = index.search("lương thuế", 3, who, where, day, by, offset=2, reranker=Reader(), rerank_depth=30)
+        assert [h.id for h in later] == [h.id for h in hits[2:5]]
+    who = Principal(LEVELS)
+    for said, wrong in (("give the query as text", {"query": index.encode_query("lương")}),
+                        ("rerank_depth \\(5\\)", {"query": "lương", "rerank_depth": 5})):
+        with pytest.raises(IndexProblem, match=said): index.search(k=10, principal=who, reranker=Reader(), **wrong)
+
+
 def test_only_what_changed_is_encoded(encoder, tmp_path):
     doc = Document("a.md", "A", "\n\n".join(" ".join(WORDS[n:] + WORDS[:n]) * 2 for n in range(6)))
     with HybridIndex(tmp_path / "i", encoder, chunking={"min_tokens": 20, "max_tokens": 60, "overlap": 0}) as index:
