@@ -419,7 +419,7 @@ def test_a_full_disk(encoder, tmp_path):
 
 
 def test_fewer_and_coarser_multi_vectors(encoder, filled, tmp_path):
-    "multi_tokens keeps those of the largest lexical weights; quantised vectors are there, and exact searches pass them."
+    "multi_tokens keeps those of the largest lexical weights; vectors are quantised, and exact searches pass that by."
     _, rows, corpus, queries = filled
     texts = [r["text"] for r in rows]
     few = keep_top(corpus, lexical_importance(corpus, encoder.tokenize(texts)), 3)
@@ -434,7 +434,8 @@ def test_fewer_and_coarser_multi_vectors(encoder, filled, tmp_path):
                 np.testing.assert_allclose([h.score for h in hits], exact.scores[0], atol=2e-3)
     config = (tmp_path / "i" / "points" / "edge_config.json").read_text()
     assert '"scalar"' in config and '"binary"' in config
-    for wrong, said in (({"multi_tokens": -1}, "0 or more"), ({"quantization": {"lexical": "scalar"}}, "dense or multi"),
+    for wrong, said in (({"multi_tokens": -1}, "0 or more"),
+                        ({"quantization": {"lexical": "scalar"}}, "dense or multi"),
                         ({"multi_tokens": 3, "outputs": ("dense",)}, "lexical and multi in outputs"),
                         ({"quantization": {"dense": "product"}}, "scalar or binary")):
         with pytest.raises(IndexProblem, match=said): HybridIndex(tmp_path / "wrong", encoder, **wrong)
