@@ -246,18 +246,22 @@ def team_draft(
     old: list, new: list,   # hits, best first
     k: int,                 # hits that are shown
     key: str,               # decides who picks first: the same key, the same list
-) -> tuple[list, list[str]]:   # the hits, and the arm that picked each
+) -> tuple[list, list[str]]:   # the hits, and who picked each: "old", "new" or "both"
     "Merge two rankings: in each round each arm picks its best hit that is left."
     left, shown, teams, n = {"old": list(old), "new": list(new)}, [], [], 0
+    def pick(arm, team):
+        shown.append(left[arm][0])
+        teams.append(team)
+        for side in left: left[side] = [h for h in left[side] if h.id != shown[-1].id]
     while len(shown) < k and any(left.values()):
+        tops = {hits[0].id for hits in left.values() if hits}
+        if all(left.values()) and len(tops) == 1:
+            pick("old", "both")
+            continue
         first = ("old", "new") if _fraction("draft", key, str(n)) < .5 else ("new", "old")
         n += 1
         for arm in first:
-            if not left[arm] or len(shown) == k: continue
-            hit = left[arm][0]
-            shown.append(hit)
-            teams.append(arm)
-            for side in left: left[side] = [h for h in left[side] if h.id != hit.id]
+            if left[arm] and len(shown) < k: pick(arm, arm)
     return shown, teams
 
 # %% ../nbs/38_model_change.ipynb #38a00027
