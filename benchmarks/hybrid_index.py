@@ -172,17 +172,18 @@ def measure(n, number, encoder, pool, cache, only):
     queries = [" ".join(chunks.texts[i].split()[2::2]) for i in sources]
     asked, name = encoder.encode_queries(queries), f"exact-{n}-{number}.npz"
     exact = exact_search(chunks, asked, cache / name)
-    def row(way, mb, seconds, ms, found, truth="hybrid"):
+    def row(way, mb, seconds, ms, found, truth=None):
+        truth = exact["hybrid"] if truth is None else truth
         own = np.mean([i in f for i, f in zip(sources, found)])
         print(f"{n:7} {way:44} {mb:8.1f} {seconds:8.1f} {ms[0]:8.1f} {ms[1]:8.1f} {ms[2]:8.1f} "
-              f"{recall(found, exact[truth]):7.3f} {own:5.2f}", flush=True)
+              f"{recall(found, truth):7.3f} {own:5.2f}", flush=True)
     def wanted(way): return not only or any(way.endswith(o) for o in only)
     lengths = np.diff(chunks.clauses.offsets)
     tokens = sum(int(lengths[list(p)].sum()) for p in chunks.parts)
     width = chunks.clauses.dense.shape[1]
     if wanted("exact"):
         row("exact, all modes, float32", 4e-6 * width * (tokens + n), 0, exact["hybrid_ms"], exact["hybrid"].tolist())
-        row("exact, dense", 4e-6 * width * n, 0, exact["dense_ms"], exact["dense"].tolist(), "dense")
+        row("exact, dense", 4e-6 * width * n, 0, exact["dense_ms"], exact["dense"].tolist(), exact["dense"])
     if wanted("BM25"): row("BM25", *bm25(chunks.texts, queries))
     for way, (settings, weights, tried) in WAYS.items():
         if not wanted(way): continue
@@ -196,7 +197,7 @@ def measure(n, number, encoder, pool, cache, only):
                     asked[[i]], 10, weights=weights, candidates=candidates)]
                 timed(find, 5)     # the first ones read the files
                 row(f"{way}, {candidates} candidates", mb, seconds, *timed(find, number),
-                    "dense" if way == "dense" else "hybrid")
+                    exact["dense" if way == "dense" else "hybrid"])
             index.close()
 
 

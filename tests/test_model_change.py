@@ -38,7 +38,7 @@ def contents(index):
 
 @pytest.mark.filterwarnings("ignore:.*no declared level")
 @pytest.mark.parametrize("place", ["directory", "server"])
-def test_another_model_takes_over_everything_and_the_switch_goes_both_ways(encoder, smaller, tmp_path, place):  # noqa: F811
+def test_another_model_takes_over_and_the_switch_goes_both_ways(encoder, smaller, tmp_path, place):  # noqa: F811
     place = tmp_path if place == "directory" else qdrant_client.QdrantClient(":memory:")
     versions, rows = Versions(place, "rules"), make_rows(40)
     where = lambda v: dict(zip(("place", "collection"), versions.arguments(v)))
