@@ -278,7 +278,7 @@ RENAMED = {   # old name of a parameter -> new name
     "n": "num_negatives", "low": "min_score", "high": "max_score", "margin": "absolute_margin",
     "ratio": "relative_margin", "order": "sampling_strategy", "length": "passage_length",
     "max_length": "search_length", "queries": "test_queries", "by": "search_by",
-    "pool": "candidates", "labels": "labels_file",
+    "pool": "candidates", "corpus": "source", "labels": "labels_file",
     "keep": "retained_share", "anchor": "l2_sp", "adaptive": "adaptive_weights"}
 
 

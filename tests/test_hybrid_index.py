@@ -1,7 +1,10 @@
 """The hybrid index: nothing leaks and nothing is missing, a kill loses nothing, both engines agree, and bad input is
 one sentence."""
+import ast
+import ctypes
 import os
 import random
+import resource
 import signal
 import time
 from copy import deepcopy
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from tiny_run import tiny_model
 
+from bgem3_nb.compression import keep_top, lexical_importance
 from bgem3_nb.documents import Document
 from bgem3_nb.encoding import M3Encoder
 from bgem3_nb.exact_search import search_candidates
@@ -181,6 +185,37 @@ def test_every_read_needs_a_principal(filled):
     with pytest.raises(IndexProblem, match="are a list, not one text"): Principal("public")
 
 
+class Reader:
+    "A reranker that likes long texts, remembers what it was given, and may have nothing to say."
+    name = "reader"
+    def __init__(self): self.seen, self.silent = [], False
+    def scores(self, queries, passages, i, j):
+        self.seen += passages
+        return np.array([np.nan if self.silent else len(passages[n]) for n in j], np.float32)
+
+
+@pytest.mark.parametrize("by", ["chunk", "document"])
+def test_a_reranker_sorts_what_may_be_seen_and_falls_back(filled, by):
+    index, rows, _, _ = filled
+    r, text = random.Random(4), {row["id"]: row["text"] for row in rows}
+    for n in range(60):
+        reader, (who, where, day) = Reader(), random_read(r)
+        hits = index.search("lương thuế", 5, who, where, day, by, reranker=reader, rerank_depth=30)
+        seen = {row["text"] for row in rows if is_seen(row, who, where, day)}
+        assert set(reader.seen) <= seen and hits.reranked == bool(hits)
+        first = index.search("lương thuế", 30, who, where, day, by)
+        assert [h.id for h in hits] == [h.id for h in sorted(first, key=lambda h: -len(text[h.id]))][:5]
+        reader.silent = True
+        same = index.search("lương thuế", 5, who, where, day, by, reranker=reader, rerank_depth=30)
+        assert not same.reranked and [(h.id, h.score) for h in same] == [(h.id, h.score) for h in first[:5]]
+        later = index.search("lương thuế", 3, who, where, day, by, offset=2, reranker=Reader(), rerank_depth=30)
+        assert [h.id for h in later] == [h.id for h in hits[2:5]]
+    who = Principal(LEVELS)
+    for said, wrong in (("give the query as text", {"query": index.encode_query("lương")}),
+                        ("rerank_depth \\(5\\)", {"query": "lương", "rerank_depth": 5})):
+        with pytest.raises(IndexProblem, match=said): index.search(k=10, principal=who, reranker=Reader(), **wrong)
+
+
 def test_only_what_changed_is_encoded(encoder, tmp_path):
     doc = Document("a.md", "A", "\n\n".join(" ".join(WORDS[n:] + WORDS[:n]) * 2 for n in range(6)))
     with HybridIndex(tmp_path / "i", encoder, chunking={"min_tokens": 20, "max_tokens": 60, "overlap": 0}) as index:
@@ -316,6 +351,94 @@ def test_a_locked_a_damaged_and_a_missing_index(encoder, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("")
     with pytest.raises(IndexProblem, match="something else here"): HybridIndex(tmp_path / "full", encoder)
+
+
+HEAVY = [{"id": f"r{n}", "text": f"lương {n % 7}", "note": "x" * 20_000} for n in range(200)]
+
+
+def load_until_it_stops(index):
+    "Write the heavy rows; returns how many were acknowledged, and what stopped it."
+    done = 0
+    try:
+        for part in index.upsert_batches(HEAVY, batch=20): done += part.encoded
+        index.engine.finish()
+    except IndexProblem as e: return done, str(e)
+    return done, ""
+
+
+def test_a_file_that_may_not_grow(encoder, tmp_path):
+    "The system refuses a write in the middle of a batch: one sentence, and another run goes on from there."
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    index = HybridIndex(tmp_path / "i", encoder)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, old[1]))
+        done, why = load_until_it_stops(index)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert "the disk is full (" in why and "File too large" in why and "make room, run again" in why
+    index.close()
+    with HybridIndex(tmp_path / "i", encoder) as index:
+        there = index.count()
+        assert done <= there < len(HEAVY) and index.upsert(HEAVY).unchanged == there and index.count() == len(HEAVY)
+
+
+def small_disk(path, size):
+    "Mount a disk of its own at path, which this process alone sees; tell whether that was allowed."
+    libc, ids = ctypes.CDLL(None), (os.getuid(), os.getgid())
+    if ids[0]:                                                       # a user may do so as root of a namespace
+        if libc.unshare(0x10000000): return False
+        for file, text in (("setgroups", "deny"), ("uid_map", f"0 {ids[0]} 1"), ("gid_map", f"0 {ids[1]} 1")):
+            Path("/proc/self", file).write_text(text)
+    if libc.unshare(0x00020000): return False
+    libc.mount(b"none", b"/", None, 0x44000, None)                   # what is mounted here stays here
+    return not libc.mount(b"tmpfs", str(path).encode(), b"tmpfs", 0, f"size={size}".encode())
+
+
+def test_a_full_disk(encoder, tmp_path):
+    "On a disk of 76 MB: refused before the system would end the process; with more room another run goes on."
+    for part in range(0, len(HEAVY), 20): encoder.encode_counted(
+        [r["text"] for r in HEAVY[part:part + 20]], outputs=("dense", "lexical", "multi"))
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            said = ["not allowed"]
+            if small_disk(tmp_path, "76m"):
+                with HybridIndex(tmp_path / "i", encoder) as index: said = list(load_until_it_stops(index))
+                ctypes.CDLL(None).mount(b"tmpfs", str(tmp_path).encode(), b"tmpfs", 32, b"size=300m")
+                with HybridIndex(tmp_path / "i", encoder) as index:
+                    said += [index.count(), *load_until_it_stops(index), index.count()]
+            os.write(write, repr(said).encode())
+        finally: os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer: said = ast.literal_eval(answer.read() or "['the process was ended']")
+    os.waitpid(pid, 0)
+    if said == ["not allowed"]: pytest.skip("this system allows no mount")
+    done, why, there, more, nothing, whole = said
+    assert "the disk is full or nearly so" in why and "make room, run again" in why
+    assert 0 < done == there < len(HEAVY) and (done + more, nothing, whole) == (len(HEAVY), "", len(HEAVY))
+
+
+def test_fewer_and_coarser_multi_vectors(encoder, filled, tmp_path):
+    "multi_tokens keeps those of the largest lexical weights; vectors are quantised, and exact searches pass that by."
+    _, rows, corpus, queries = filled
+    texts = [r["text"] for r in rows]
+    few = keep_top(corpus, lexical_importance(corpus, encoder.tokenize(texts)), 3)
+    rows = [{"id": r["id"], "text": r["text"]} for r in rows]
+    for place in (tmp_path / "i", qdrant_client.QdrantClient(":memory:")):
+        with HybridIndex(place, encoder, weights=WEIGHTS, multi_tokens=3,
+                         quantization={"dense": "scalar", "multi": "binary"}) as index:
+            index.upsert(rows)
+            for n in range(3):
+                hits = index.search(queries[[n]], 10, candidates=60, exact=True)
+                exact = search_candidates(queries[[n]], few, 10, WEIGHTS, progress=False)
+                np.testing.assert_allclose([h.score for h in hits], exact.scores[0], atol=2e-3)
+    config = (tmp_path / "i" / "points" / "edge_config.json").read_text()
+    assert '"scalar"' in config and '"binary"' in config
+    for wrong, said in (({"multi_tokens": -1}, "0 or more"),
+                        ({"quantization": {"lexical": "scalar"}}, "dense or multi"),
+                        ({"multi_tokens": 3, "outputs": ("dense",)}, "lexical and multi in outputs"),
+                        ({"quantization": {"dense": "product"}}, "scalar or binary")):
+        with pytest.raises(IndexProblem, match=said): HybridIndex(tmp_path / "wrong", encoder, **wrong)
 
 
 def test_a_server_that_goes_away(encoder, monkeypatch):

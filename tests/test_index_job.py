@@ -13,7 +13,7 @@ ROWS = [{"id": "a", "text": "Nghỉ phép năm là 14 ngày.", "access_level": "
 
 
 def test_an_index_is_built_brought_up_to_date_and_spared_by_a_bad_row(launch, tmp_path):
-    rows, words = tmp_path / "rows.jsonl", ["-p", "corpus", "rows.jsonl", "-p", "levels", "internal", "--out", "run",
+    rows, words = tmp_path / "rows.jsonl", ["-p", "source", "rows.jsonl", "-p", "levels", "internal", "--out", "run",
                                             "-p", "fields", "{year: integer}", "--no-progress"]
     rows.write_text("".join(json.dumps(r) + "\n" for r in ROWS), encoding="utf-8")
     done = launch("index", *words, "-p", "question", "nghỉ phép", "-p", "principal", "internal")

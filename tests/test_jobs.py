@@ -98,6 +98,7 @@ def test_lengths_have_one_set_of_names():
 
 @pytest.mark.parametrize("job, old, new", [
     ("train", "max_length", "search_length"),
+    ("index", "corpus", "source"),
     ("mine", "low", "min_score"),
     ("mine", "order", "sampling_strategy"),
     ("compare", "length", "passage_length"),
