@@ -8,7 +8,7 @@ __all__ = ['PASSAGE_FIELDS', 'QUERY_TYPES', 'PROMPTS', 'SECRET_NAME', 'LOGIN_IN_
            'read_passages', 'row_passages', 'build_messages', 'EndpointError', 'BrokenAnswer', 'Answer', 'read_answer',
            'refuse_keys', 'Endpoint', 'priced', 'answer_key', 'as_count', 'rough_tokens', 'most_tokens', 'Budget',
            'AnswerCache', 'Stopped', 'Caller', 'Asker', 'answer_cost', 'ask_all', 'Generated', 'generate_queries',
-           'RoundTrip', 'round_trip', 'encoder_scores', 'rule_queries', 'vary_queries']
+           'RoundTrip', 'round_trip', 'encoder_scores', 'rule_queries', 'check_kinds', 'vary_queries']
 
 # %% ../nbs/26_queries.ipynb #63547d3a
 import hashlib
@@ -1367,6 +1367,18 @@ def _rare_words(
 QUERY_KINDS = ("quotation", "keywords", "shortened", "query_keywords", "hurried")
 _OF_PASSAGES = QUERY_KINDS[:2]   # kinds that are made from a positive
 
+def check_kinds(
+    kinds: dict[str, float],   # one of `QUERY_KINDS` -> its share of the rows
+) -> float:                    # the share that is left
+    "Raise ValueError for a kind that is unknown, or shares that leave no row as it is."
+    rest = 1 - sum(kinds.values())
+    if unknown := [kind for kind in kinds if kind not in QUERY_KINDS]:
+        raise ValueError(f"there is no kind {unknown[0]!r} of queries; there are "
+                         f"{', '.join(QUERY_KINDS)}")
+    if rest <= 0 or min(kinds.values(), default=0) < 0:
+        raise ValueError(f"the shares {kinds} must be at least 0 and leave some rows as they are")
+    return rest
+
 def _made_query(
     kind: str,                   # one of `QUERY_KINDS`
     row: dict,
@@ -1419,12 +1431,7 @@ def vary_queries(
     seed: int = 0,             # random seed
 ) -> Dataset:                  # the rows and the new ones; fewer where texts are too short
     "Ask for the passages of rows in other ways too. Raises ValueError for a kind or share."
-    rest, given, draw = 1 - sum(kinds.values()), [*row_dicts(rows)], random.Random(seed)
-    if unknown := [kind for kind in kinds if kind not in QUERY_KINDS]:
-        raise ValueError(f"there is no kind {unknown[0]!r} of queries; there are "
-                         f"{', '.join(QUERY_KINDS)}")
-    if rest <= 0 or min(kinds.values(), default=0) < 0:
-        raise ValueError(f"the shares {kinds} must be at least 0 and leave some rows as they are")
+    rest, given, draw = check_kinds(kinds), [*row_dicts(rows)], random.Random(seed)
     texts = {"query": [row["query"] for row in given], "pos": [p for r in given for p in r["pos"]]}
     counts = {side: Counter(w.strip(_ENDS) for t in of for w in set(text_key(t).split()))
               for side, of in texts.items()}
