@@ -1338,6 +1338,10 @@ def _turned(items, seed):
 # %% ../nbs/26_queries.ipynb #26f00002
 _ENDS = " ,.;:!?()[]{}\"'“”«»‘’–—-،؛؟…"   # marks at the ends of words
 
+def _word_keys(text):
+    "List the keys of a text's words, without the marks at their ends."
+    return [key for key in (w.strip(_ENDS) for w in text_key(text).split()) if key]
+
 def _cut_run(
     text: str,
     sizes: tuple[int, int],   # fewest and most words
@@ -1395,21 +1399,21 @@ def _made_query(
 
 # %% ../nbs/26_queries.ipynb #26f00009
 def _with_quoted(
-    made: list[dict],        # rows of the kind `quotation`
+    made: list[dict],           # rows of the kind `quotation`
     passages: dict[str, str],   # text -> id
 ) -> list[dict]:
     "Add to each quotation the other passages in which it stands."
-    keys, holders = {text_key(row["query"]): [] for row in made}, {}
-    sizes = {len(key.split()) for key in keys}
+    keys = [" ".join(_word_keys(row["query"])) for row in made]
+    holders, sizes = {key: [] for key in keys}, {len(key.split()) for key in keys}
     for text in passages:
-        words = [w.strip(_ENDS) for w in text_key(text).split()]
+        words = _word_keys(text)
         runs = {" ".join(words[i:i + n]) for n in sizes for i in range(len(words) - n + 1)}
-        for key in runs & keys.keys(): keys[key].append(text)
-    def filled(row):
-        pos = list(dict.fromkeys([*row["pos"], *keys[text_key(row["query"])]]))
+        for key in runs & holders.keys(): holders[key].append(text)
+    def filled(row, key):
+        pos = list(dict.fromkeys([*row["pos"], *holders[key]]))
         ids = [passages[text] for text in pos] if row["pos_ids"] else []
         return row | {"pos": pos, "pos_ids": ids, "pos_scores": []}
-    return [filled(row) for row in made]
+    return [filled(row, key) for row, key in zip(made, keys)]
 
 # %% ../nbs/26_queries.ipynb #26f00006
 def _made_rows(kind, wanted, rows, draw, counts):
@@ -1433,7 +1437,7 @@ def vary_queries(
     "Ask for the passages of rows in other ways too. Raises ValueError for a kind or share."
     rest, given, draw = check_kinds(kinds), [*row_dicts(rows)], random.Random(seed)
     texts = {"query": [row["query"] for row in given], "pos": [p for r in given for p in r["pos"]]}
-    counts = {side: Counter(w.strip(_ENDS) for t in of for w in set(text_key(t).split()))
+    counts = {side: Counter(key for t in of for key in set(_word_keys(t)))
               for side, of in texts.items()}
     made = {kind: _made_rows(kind, round(share / rest * len(given)), given, draw, counts)
             for kind, share in kinds.items()}
