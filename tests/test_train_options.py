@@ -21,8 +21,8 @@ def settings_cell(tmp_path, **changed):
     from bgem3_nb.stages import stage_plan
     from bgem3_nb.training import M3TrainingArguments
     names = {k: p.default for k, p in params.items()} | changed | {
-        "out": tmp_path, "check_kinds": check_kinds, "stage_plan": stage_plan, "M3TrainingArguments": M3TrainingArguments,
-        "report": SimpleNamespace(params=params)}
+        "out": tmp_path, "check_kinds": check_kinds, "stage_plan": stage_plan,
+        "M3TrainingArguments": M3TrainingArguments, "report": SimpleNamespace(params=params)}
     exec("".join(next(c for c in cells if c["id"] == "52a00002")["source"]), names)
     return names
 
