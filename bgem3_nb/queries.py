@@ -8,7 +8,7 @@ __all__ = ['PASSAGE_FIELDS', 'QUERY_TYPES', 'PROMPTS', 'SECRET_NAME', 'LOGIN_IN_
            'read_passages', 'row_passages', 'build_messages', 'EndpointError', 'BrokenAnswer', 'Answer', 'read_answer',
            'refuse_keys', 'Endpoint', 'priced', 'answer_key', 'as_count', 'rough_tokens', 'most_tokens', 'Budget',
            'AnswerCache', 'Stopped', 'Caller', 'Asker', 'answer_cost', 'ask_all', 'Generated', 'generate_queries',
-           'RoundTrip', 'round_trip', 'encoder_scores', 'rule_queries', 'check_kinds', 'vary_queries']
+           'RoundTrip', 'round_trip', 'encoder_scores', 'rule_queries', 'check_kinds', 'vary_queries', 'long_queries']
 
 # %% ../nbs/26_queries.ipynb #63547d3a
 import hashlib
@@ -1446,3 +1446,14 @@ def vary_queries(
     if not any(made.values()): return rows
     new = Dataset.from_list([row for of in made.values() for row in of], features=rows.features)
     return merge_queries(concatenate_datasets([rows, new]), within=None)
+
+# %% ../nbs/26_queries.ipynb #26f0000b
+def long_queries(
+    rows: Dataset,
+) -> str:   # a sentence, or "" where queries are shorter than passages
+    "Say whether queries are as long as what they are to find, in words."
+    query, passage = (np.median([len(t.split()) for t in texts]) for texts in
+                      (rows["query"][:], (p for pos in rows["pos"][:] for p in pos)))
+    if query < passage: return ""
+    return (f"the median query has {query:.0f} words, the median passage {passage:.0f}; if people "
+            "will ask in fewer, set query_kinds, such as {quotation: 0.35, shortened: 0.15}")
