@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PASSAGE_FIELDS', 'QUERY_TYPES', 'PROMPTS', 'SECRET_NAME', 'LOGIN_IN_URL', 'KEY_FORM', 'PAIR', 'ENDPOINTS',
-           'ANSWER_FORMATS', 'COUNTED', 'TEMPLATES', 'THEME_JOINERS', 'THEMES', 'NUMBERING', 'NO_QUOTES',
+           'ANSWER_FORMATS', 'COUNTED', 'TEMPLATES', 'THEME_JOINERS', 'THEMES', 'NUMBERING', 'NO_QUOTES', 'QUERY_KINDS',
            'read_passages', 'row_passages', 'build_messages', 'EndpointError', 'BrokenAnswer', 'Answer', 'read_answer',
            'refuse_keys', 'Endpoint', 'priced', 'answer_key', 'as_count', 'rough_tokens', 'most_tokens', 'Budget',
            'AnswerCache', 'Stopped', 'Caller', 'Asker', 'answer_cost', 'ask_all', 'Generated', 'generate_queries',
-           'RoundTrip', 'round_trip', 'encoder_scores', 'rule_queries']
+           'RoundTrip', 'round_trip', 'encoder_scores', 'rule_queries', 'check_kinds', 'vary_queries', 'long_queries']
 
 # %% ../nbs/26_queries.ipynb #63547d3a
 import hashlib
@@ -35,15 +35,17 @@ from fastcore.basics import patch
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from datasets import Dataset
+from datasets import concatenate_datasets, Dataset
 from tqdm.auto import tqdm
 
 from .documents import Chunk
 from .encoding import M3Encoder
 from .files import replacing
+from .projection import messy_copy
 from .readers import write_rows
 from .rows import language_code, make_rows, row_dicts
 from .scoring import dense_scores, lexical_scores, maxsim_scores
+from .splits import merge_queries
 from .text import fold, text_key
 
 # %% ../nbs/26_queries.ipynb #1087bf6f
@@ -1332,3 +1334,126 @@ def _turned(items, seed):
     "Rotate the list by a random offset, so that passages get different templates."
     start = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "big") % max(1, len(items))
     return items[start:] + items[:start]
+
+# %% ../nbs/26_queries.ipynb #26f00002
+_ENDS = " ,.;:!?()[]{}\"'“”«»‘’–—-،؛؟…"   # marks at the ends of words
+
+def _word_keys(text):
+    "List the keys of a text's words, without the marks at their ends."
+    return [key for key in (w.strip(_ENDS) for w in text_key(text).split()) if key]
+
+def _cut_run(
+    text: str,
+    sizes: tuple[int, int],   # fewest and most words
+    draw: random.Random,
+) -> str:                     # "" for a text that is not longer
+    "Cut some words in a row out of a text, without the marks at their ends."
+    words, size = text.split(), draw.randint(*sizes)
+    if len(words) <= size: return ""
+    start = draw.randrange(len(words) - size + 1)
+    return " ".join(words[start:start + size]).strip(_ENDS)
+
+def _rare_words(
+    text: str,
+    sizes: tuple[int, int],   # fewest and most words
+    draw: random.Random,
+    counts: Counter,          # key of a word -> texts that have it
+) -> str:                     # "" for a text with too few words
+    "Join the rarest words of a text in their order."
+    words = {text_key(w): w for w in (w.strip(_ENDS) for w in text.split())}
+    words = {key: w for key, w in words.items() if len(key) > 2 and key.isalpha()}
+    size = draw.randint(*sizes)
+    if len(words) <= size: return ""
+    kept = set(sorted(words, key=lambda key: (counts[key], -len(key), key))[:size])
+    return " ".join(word for key, word in words.items() if key in kept)
+
+# %% ../nbs/26_queries.ipynb #26f00005
+QUERY_KINDS = ("quotation", "keywords", "shortened", "query_keywords", "hurried")
+_OF_PASSAGES = QUERY_KINDS[:2]   # kinds that are made from a positive
+
+def check_kinds(
+    kinds: dict[str, float],   # one of `QUERY_KINDS` -> its share of the rows
+) -> float:                    # the share that is left
+    "Raise ValueError for a kind that is unknown, or shares that leave no row as it is."
+    rest = 1 - sum(kinds.values())
+    if unknown := [kind for kind in kinds if kind not in QUERY_KINDS]:
+        raise ValueError(f"there is no kind {unknown[0]!r} of queries; there are "
+                         f"{', '.join(QUERY_KINDS)}")
+    if rest <= 0 or min(kinds.values(), default=0) < 0:
+        raise ValueError(f"the shares {kinds} must be at least 0 and leave some rows as they are")
+    return rest
+
+def _made_query(
+    kind: str,                   # one of `QUERY_KINDS`
+    row: dict,
+    draw: random.Random,
+    counts: dict[str, Counter],  # "query" and "pos" -> key of a word -> texts that have it
+) -> str:                        # "" where the text is too short
+    "Make a query of one kind from a row."
+    side = "pos" if kind in _OF_PASSAGES else "query"
+    text = draw.choice(row["pos"]) if side == "pos" else row["query"]
+    if kind == "quotation": return _cut_run(text, (3, 6), draw)
+    if kind == "shortened": return _cut_run(text, (4, 9), draw)
+    if kind == "hurried": return messy_copy(text, seed=draw.randrange(1000))
+    return _rare_words(text, (2, 4) if kind == "keywords" else (2, 5), draw, counts[side])
+
+# %% ../nbs/26_queries.ipynb #26f00009
+def _with_quoted(
+    made: list[dict],           # rows of the kind `quotation`
+    passages: dict[str, str],   # text -> id
+) -> list[dict]:
+    "Add to each quotation the other passages in which it stands."
+    keys = [" ".join(_word_keys(row["query"])) for row in made]
+    holders, sizes = {key: [] for key in keys}, {len(key.split()) for key in keys}
+    for text in passages:
+        words = _word_keys(text)
+        runs = {" ".join(words[i:i + n]) for n in sizes for i in range(len(words) - n + 1)}
+        for key in runs & holders.keys(): holders[key].append(text)
+    def filled(row, key):
+        pos = list(dict.fromkeys([*row["pos"], *holders[key]]))
+        ids = [passages[text] for text in pos] if row["pos_ids"] else []
+        return row | {"pos": pos, "pos_ids": ids, "pos_scores": []}
+    return [filled(row, key) for row, key in zip(made, keys)]
+
+# %% ../nbs/26_queries.ipynb #26f00006
+def _made_rows(kind, wanted, rows, draw, counts):
+    "Make rows of one kind: every row is used once before one is used again."
+    made, tries = {}, 0
+    while len(made) < wanted and tries < 3 * wanted:
+        for row in draw.sample(rows, len(rows)):
+            tries += 1
+            query = _made_query(kind, row, draw, counts)
+            if not query or query == row["query"] or len(made) == wanted: continue
+            made[query, row["pos"][0]] = row | {
+                "query": query, "query_type": kind, "query_id": f"{row['query_id']}/{kind}",
+                "language": "" if kind in _OF_PASSAGES else row["language"]}
+    return [*made.values()]
+
+def vary_queries(
+    rows: Dataset,             # of the schema
+    kinds: dict[str, float],   # one of `QUERY_KINDS` -> its share of the result
+    seed: int = 0,             # random seed
+) -> Dataset:                  # the rows and the new ones; fewer where texts are too short
+    "Ask for the passages of rows in other ways too. Raises ValueError for a kind or share."
+    rest, given, draw = check_kinds(kinds), [*row_dicts(rows)], random.Random(seed)
+    texts = {"query": [row["query"] for row in given], "pos": [p for r in given for p in r["pos"]]}
+    counts = {side: Counter(key for t in of for key in set(_word_keys(t)))
+              for side, of in texts.items()}
+    made = {kind: _made_rows(kind, round(share / rest * len(given)), given, draw, counts)
+            for kind, share in kinds.items()}
+    ids = {p: i for r in given for p, i in zip(r["pos"], r["pos_ids"] or [""] * len(r["pos"]))}
+    if "quotation" in made: made["quotation"] = _with_quoted(made["quotation"], ids)
+    if not any(made.values()): return rows
+    new = Dataset.from_list([row for of in made.values() for row in of], features=rows.features)
+    return merge_queries(concatenate_datasets([rows, new]), within=None)
+
+# %% ../nbs/26_queries.ipynb #26f0000b
+def long_queries(
+    rows: Dataset,
+) -> str:   # a sentence, or "" where queries are shorter than passages
+    "Say whether queries are as long as what they are to find, in words."
+    query, passage = (np.median([len(t.split()) for t in texts]) for texts in
+                      (rows["query"][:], (p for pos in rows["pos"][:] for p in pos)))
+    if query < passage: return ""
+    return (f"the median query has {query:.0f} words, the median passage {passage:.0f}; if people "
+            "will ask in fewer, set query_kinds, such as {quotation: 0.35, shortened: 0.15}")

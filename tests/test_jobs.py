@@ -53,7 +53,7 @@ def own_params():
 def test_every_job_has_its_parameters_tag_after_cleaning():
     "nbdev_clean strips tags unless settings.ini keeps them; a notebook without the tag is no job any more."
     assert list(own_jobs()) == ["prepare", "mine", "train", "project", "evaluate", "index", "specialist", "compare",
-                                "ablation", "negatives"]
+                                "ablation", "negatives", "recipe"]
     for path in own_jobs().values():
         tags = [t for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for t in c["metadata"].get("tags", [])]
         assert tags == ["parameters"], path.name

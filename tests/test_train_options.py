@@ -1,5 +1,6 @@
 """The options of the job `train`: contradictions end it before any data is read, the others do what they say."""
 import json
+import re
 from types import SimpleNamespace
 
 import pandas as pd
@@ -16,11 +17,12 @@ def settings_cell(tmp_path, **changed):
     "Run the cell that brings the settings together, with these parameters; its names."
     cells = json.loads(find_jobs()["train"].read_text(encoding="utf-8"))["cells"]
     params = job_params(find_jobs()["train"])
+    from bgem3_nb.queries import check_kinds
     from bgem3_nb.stages import stage_plan
     from bgem3_nb.training import M3TrainingArguments
     names = {k: p.default for k, p in params.items()} | changed | {
-        "out": tmp_path, "stage_plan": stage_plan, "M3TrainingArguments": M3TrainingArguments,
-        "report": SimpleNamespace(params=params)}
+        "out": tmp_path, "check_kinds": check_kinds, "stage_plan": stage_plan,
+        "M3TrainingArguments": M3TrainingArguments, "report": SimpleNamespace(params=params)}
     exec("".join(next(c for c in cells if c["id"] == "52a00002")["source"]), names)
     return names
 
@@ -42,6 +44,8 @@ def settings_cell(tmp_path, **changed):
     (dict(mine_every=1, teacher="rows", negatives=2), "set one of the two"),
     (dict(watch="quran", panel=[]), "watch is 'quran', and the panel has no set"),
     (dict(watch="quran", retained_share=1.1), "retained_share must be above 0 and at most 1"),
+    (dict(query_kinds={"rhymes": .1}), "there is no kind 'rhymes' of queries"),
+    (dict(query_kinds={"shortened": .6, "hurried": .4}), "leave some rows as they are"),
     (dict(hardest=-1), "hardest must be at least 0"),
     (dict(stages={"unified": {"lr_scheduler_type": "cosin"}}), "cosin is not a valid SchedulerType"),
 ])
@@ -125,8 +129,11 @@ def test_options_together(tmp_path, launch):
 
 
 def test_a_large_model_teaches_a_small_one(tmp_path, launch):
-    "Rows without negatives get them from the teacher, whose scores are a term of the loss."
-    _, metrics = run(launch, tmp_path, teacher="embedded", negatives="3", modes="dense")
+    """Rows without negatives get them from the teacher, whose scores are a term of the loss; quotations join the
+    17 rows to train on, and have them too."""
+    said, metrics = run(launch, tmp_path, teacher="embedded", negatives="3", modes="dense",
+                        query_kinds="{quotation: 0.5}")
+    assert 24 < int(re.search(r"train (\d+) queries", said)[1]) <= 34
     losses = [h for h in metrics["training"]["unified"] if "loss" in h]
     assert losses and all(h["loss_teacher"] > 0 for h in losses)
     assert metrics["after"].keys() == {"dense", "all"}
