@@ -149,7 +149,7 @@ def gains(self:ChainResults,
         rows[mode] = {
             "before": f"{before[mode].mean(metric):.3f}", "after": f"{e.mean(metric):.3f}",
             "gain": f"{c.difference:+.3f} [{c.low:+.3f}, {c.high:+.3f}]",
-            "better": c.wins, "worse": c.losses}
+            "better": str(c.wins), "worse": str(c.losses)}
     found = pd.DataFrame.from_dict(rows, orient="index").astype(object).fillna("")
     found.index.name = f"{data}: {metric}, {len(e)} questions"
     return found
