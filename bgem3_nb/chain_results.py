@@ -159,7 +159,7 @@ def gains(self:ChainResults,
 def by_label(self:ChainResults,
     data: str,                     # name of a set
     label: str,                    # a column of `per_query.parquet`
-    mode: str = "all",
+    mode: str = "multi",
     metric: str = "nDCG@10",
     start: str = "",               # a model; "" = the first one
     trained: str = "",             # a model; "" = the last one
@@ -181,7 +181,7 @@ def by_label(self:ChainResults,
 @patch
 def changes(self:ChainResults,
     data: str,               # name of a set
-    mode: str = "all",
+    mode: str = "multi",
     start: str = "",         # a model; "" = the first one
     trained: str = "",       # a model; "" = the last one
     step: str = "evaluate",
@@ -195,7 +195,7 @@ def changes(self:ChainResults,
 @patch
 def still_wrong(self:ChainResults,
     data: str,               # name of a set
-    mode: str = "all",
+    mode: str = "multi",
     shown: int = 6,          # questions at most
     **models,                # start, trained, step
 ) -> QueryTable:

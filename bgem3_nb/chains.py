@@ -74,8 +74,7 @@ SMOKE = {   # job -> parameter -> the smallest value with which it still does al
              "num_negatives": 2},
     "train": {"steps": 2, "batch_size": 4, "lexical_warm_up": 4, "validations": 1, "max_rows": 16,
               "distractors": 8, "search_length": 64, "passage_length": 48, "panel": []},
-    "evaluate": {"max_rows": 8, "max_passages": 20, "search_length": 48,
-                 "modes": ["dense", "all"]}}
+    "evaluate": {"max_rows": 8, "max_passages": 20, "search_length": 48}}
 
 def smallest(
     chain,                        # a `Chain`
