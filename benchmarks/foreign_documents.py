@@ -1,7 +1,7 @@
-"""What became of a folder of documents that may not be shown: counts of its files, rows and questions, for the page
-74_own_data. The chain has been run before, and only numbers are kept.
+"""What became of a folder of documents that may not be shown: counts of its files, chunks and written queries, for the
+page 74_own_data. Only numbers are kept.
 
-    bgem3-job run FOLDER --out RUN
+    bgem3-job prepare -p data '' -p documents FOLDER -p write_queries rules -p round_trip 10 -p test 0.2 --out RUN
     python benchmarks/foreign_documents.py FOLDER RUN data/foreign_documents.json
 """
 import json
@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from bgem3_nb.chain_results import chain_results
+from bgem3_nb.chain_results import ChainResults
 from bgem3_nb.documents import read_documents
 
 
@@ -19,22 +19,19 @@ def reason(said):
 
 
 def main(folder, run, to):
-    reading, r = read_documents(folder, progress=False), chain_results(run)
-    every = Counter(Path(p).suffix.lower() for p in Path(folder).rglob("*") if p.is_file())
+    reading, run = read_documents(folder, progress=False), Path(run)
+    every = Counter(p.suffix.lower() for p in Path(folder).rglob("*") if p.is_file())
     read = Counter(Path(d.id).suffix.lower() for d in reading.documents)
     skipped = {end: Counter() for end in every}
     for name, said in reading.skipped.items(): skipped[Path(name).suffix.lower()][reason(said)] += 1
-    files = [{"ending": end, "files": n, "read": read[end],
-              "not read": ", ".join(f"{n} {why}" for why, n in skipped[end].items()),
-              "passed over": n - read[end] - skipped[end].total()} for end, n in every.most_common()]
-    chunks = (Path(run) / "prepare" / "chunks.jsonl").read_text(encoding="utf-8").splitlines()
-    taken = r.read("mine", "stats.json")["taken"]
-    found = {"files": files, "chunks": len(chunks), "rows": r.kept_rows().reset_index().to_dict("records"),
-             "findings": r.findings().reset_index(drop=True).to_dict("records"),
-             "negatives": {k: taken[k] for k in ("chosen", "wanted", "queries with none")},
-             "gains": r.gains(r.set_names()[0]).reset_index(names="").astype(str).to_dict("records"),
-             "questions": int(len(r.changes(r.set_names()[0]))), "costs": r.costs().astype(str).to_dict()["seconds"],
-             "verdict": r.verdict()[:1]}
+    files = [{"ending": end, "files": n, "read": read[end], "passed over": n - read[end] - skipped[end].total(),
+              "not read": ", ".join(f"{n} {why}" for why, n in skipped[end].items())} for end, n in every.most_common()]
+    r, step = ChainResults(run.parent, {}), run.name
+    chunks = (run / "chunks.jsonl").read_text(encoding="utf-8").splitlines()
+    kinds = r.read(step, "prepare_stats.json")["before"]["counts"]
+    found = {"files": files, "chunks": len(chunks), "rows": r.kept_rows(step).reset_index().to_dict("records"),
+             "findings": r.findings(step).reset_index().to_dict("records"), "query_type": kinds.get("query_type", {}),
+             "language": kinds.get("language", {})}
     Path(to).write_text(json.dumps(found, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
