@@ -693,7 +693,7 @@ def with_stamps(
     "Add size and date of each file, or of the files in each directory, that settings name."
     if isinstance(value, dict): return {str(k): with_stamps(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [with_stamps(v) for v in value]
-    if not isinstance(value, (str, Path)): return value
+    if not isinstance(value, (str, Path)) or value == "": return value   # "" is no directory
     with suppress(OSError, ValueError):
         path = Path(value)
         files = sorted(path.iterdir()) if path.is_dir() else [path]
