@@ -1362,6 +1362,7 @@ def first_title(headings: list[Heading]) -> str:
 READERS = {".pdf": read_pdf, ".docx": read_docx,
            **dict.fromkeys((".html", ".htm", ".xhtml"), read_html),
            **dict.fromkeys((".md", ".markdown"), read_markdown), ".txt": read_text}
+_SAVE_AS = dict.fromkeys((".doc", ".odt", ".rtf"), "; open it and save it as .docx")
 
 def read_document(
     path: str | Path,              # path of the file, whose extension gives its format
@@ -1373,7 +1374,7 @@ def read_document(
     if not path.is_file(): raise DocumentError(f"{path}: there is no such file")
     if (read := READERS.get(path.suffix.lower())) is None:
         raise DocumentError(f"unknown format '{path.suffix}'; the chapter reads "
-                            f"{', '.join(READERS)}")
+                            f"{', '.join(READERS)}{_SAVE_AS.get(path.suffix.lower(), '')}")
     if not path.stat().st_size: raise DocumentError("empty: the file has 0 bytes")
     try: blocks, info = read(path)
     except (DocumentError, ImportError, MemoryError): raise

@@ -8,27 +8,11 @@ import time
 import pytest
 from conftest import LAUNCHER, REPO
 
-from bgem3_nb.chains import plan_chain
+from bgem3_nb.chains import SMOKE, plan_chain
 from bgem3_nb.jobs import JobError
 
-SMALL = {"prepare": {"near": 0, "max_rows": 40, "total": 60},
-         "mine": {"search_length": 48, "pilot": 24, "distractors": 30, "mix": "0-15", "num_negatives": 2},
-         "train": {"steps": 2, "batch_size": 4, "lexical_warm_up": 4, "validations": 1, "max_rows": 16,
-                   "distractors": 8, "search_length": 64, "passage_length": 48, "panel": []},
-         "evaluate": {"max_rows": 8, "max_passages": 20, "search_length": 48, "modes": ["dense", "all"]}}
 JUDGED = {"company": ["test", "company", "company"], "rental": ["test", "rental"], "law": ["test", "law"],
           "islamic": ["test", "quran", "hadith"]}      # the sets of the last step
-CHAINS = {"company": {}, "rental": {}, "law": {"prepare.test": "0.2"},
-          "islamic": {"prepare.test": "0.2"}}
-
-
-def smallest(chain, **more):
-    "The words of the command line that make every step of a chain small."
-    plans = plan_chain(chain).plans
-    values = {f"{step}.{k}": v for step, few in SMALL.items() for k, v in few.items() if step in plans}
-    if not plans["prepare"].values["total"]: values.pop("prepare.total")
-    texts = {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in (values | more).items()}
-    return [word for k, text in texts.items() for word in ("-p", k, text)]
 
 
 def check_steps(out, steps):
@@ -50,9 +34,9 @@ def check_judged(out, sets):
         assert {"embedded all", "BM25", "train all"} <= of.keys()
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chain", JUDGED)
 def test_a_case_runs_from_files_to_a_model(chain, tmp_path, launch):
-    done = launch("run", chain, *smallest(chain, **CHAINS[chain]), "--out", "run", "--no-progress")
+    done = launch("run", chain, "--smoke", "--out", "run", "--no-progress")
     assert done.returncode == 0, done.stderr[-3000:]
     check_steps(tmp_path / "run", plan_chain(chain).plans)
     check_judged(tmp_path / "run", JUDGED[chain])
@@ -61,12 +45,12 @@ def test_a_case_runs_from_files_to_a_model(chain, tmp_path, launch):
 def test_a_folder_of_documents_is_enough(tmp_path, launch):
     "Nothing but the folder is said; the steps are only made small."
     folder = REPO / "data" / "company" / "documents"
-    done = launch("run", str(folder), *smallest("documents"), "--no-progress")
+    done = launch("run", str(folder), "--smoke", "--no-progress")
     assert done.returncode == 0, done.stderr[-3000:]
-    out = tmp_path / "data" / "runs" / "documents"
+    out = tmp_path / "data" / "runs" / "documents_smoke"
     check_steps(out, ["prepare", "mine", "train", "evaluate"])
     check_judged(out, ["test"])
-    again = launch("run", str(folder), *smallest("documents"), "--no-progress")
+    again = launch("run", str(folder), "--smoke", "--no-progress")
     assert again.returncode == 0
     assert again.stderr.count("done before") == 4, again.stderr
 
@@ -76,7 +60,7 @@ def test_rows_need_nothing_else(tmp_path, launch):
     lines = [{"query": f"câu hỏi số {i} về điều {i * 7}", "positive": f"Điều {i * 7} nói rằng số {i} được nghỉ."}
              for i in range(30)]
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines), "utf-8")
-    small = {job: [w for k, v in SMALL[job].items() for w in ("-p", k, str(v))] for job in ("mine", "train")}
+    small = {job: [w for k, v in SMOKE[job].items() for w in ("-p", k, str(v))] for job in ("mine", "train")}
     for job, source in (("mine", "my.jsonl"), ("train", "my.jsonl"), ("train", "data/runs/mine")):
         name = job if source == "my.jsonl" else "again"
         done = launch(job, "-p", "source", source, *small[job], "--out", f"data/runs/{name}", "--no-progress")

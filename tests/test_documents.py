@@ -206,7 +206,7 @@ def test_markdown_front_matter_goes_through_to_chunks(tmp_path, tokenizer):
      "no text"), ("a.txt", b"ok\nc\xf4ng", "line 2.*UTF-8"), ("a.txt", b" \n", "no text"), ("a.txt", b"", "0 bytes"),
     ("a.html", b"<nav>x</nav>", "no text"), ("a.pdf", b"%PDF-1.4\n", "damaged"), ("a.pdf", b"hello", "damaged"), (
         "a.docx", b"PK\x03\x04", "damaged"),
-    ("a.doc", b"x", "unknown format '.doc'"), ("a", b"x", "unknown format ''")])
+    ("a.doc", b"x", "unknown format '.doc'"), ("b.DOC", b"x", "save it as .docx"), ("a", b"x", "unknown format ''")])
 def test_what_cannot_be_read_says_why(tmp_path, name, content, reason):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DocumentError, match=reason): read_document(tmp_path / name)
