@@ -10,6 +10,7 @@ wide     share of visible lines of code over 100 columns: none; other lines of c
 ;        statements joined by `;` per 100 visible lines, cells with figures apart: none
 longest  lines of the longest exported cell: at most 40
 words    words of prose per code cell
+verbs    share of the docstrings of exported functions and classes that begin with a verb: at least 90 % of all
 """
 import ast
 import io
@@ -22,8 +23,21 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 nbs = root / "nbs"
-WIDTH, OTHER_WIDTH, LENGTH, SHOWN, TESTS = 100, 120, 40, .95, .5
+WIDTH, OTHER_WIDTH, LENGTH, SHOWN, TESTS, VERBS = 100, 120, 40, .95, .5, .9
 SCRIPTS = ("tests", "tools", "benchmarks")
+FIRST_WORDS = set("""
+add answer apply ask assign average begin bound bring build calibrate call check choose clean collect color combine
+compare compile compute concatenate continue convert copy correct count cover create cut decide decode delete
+describe display divide do draw drop embed encode end enter escape estimate evaluate execute explain export extend
+fill find finish fit flush fold format free freeze gather get give go group guess hash have hold identify import
+index join judge keep label lay leave lend let limit list load lock log look make map mark measure merge mine mix
+move name normalize note number offer open order pack pad pair parse pass pick plot pool prepare print project
+propose pull put query raise rank read recognize recommend record reduce refer refuse remove rename reorder replace
+report reserve restore return reverse rotate round run sample save say score search select send separate set settle
+share shorten show signal silence sort split spread stand start state stop store stream subtract suggest sum
+summarize suspend swap tabulate take tell tokenize train translate truncate try turn typeset use wait walk warn
+watch work wrap write yield
+""".split())   # verbs with which docstrings begin; add others that are verbs
 
 
 @dataclass
@@ -39,6 +53,8 @@ class Figures:
     longest: int = 0     # lines of the longest exported cell
     words: int = 0       # words of prose
     cells: int = 0       # code cells
+    docstrings: int = 0  # docstrings of exported functions and classes
+    verbs: int = 0       # of them, those that begin with a verb
     broken: list[str] = field(default_factory=list)   # rules, each with its place
 
     def add(self, other):
@@ -51,7 +67,7 @@ class Figures:
         joined = f"{100 * self.joined / self.lines:.1f}" if self.lines else "-"
         words = f"{self.words / self.cells:.0f}" if self.cells else "-"
         return [name, share(self.shown, self.exported), share(self.tests, self.all_tests),
-                share(self.wide, self.lines), joined, str(self.longest), words]
+                share(self.wide, self.lines), joined, str(self.longest), words, share(self.verbs, self.docstrings)]
 
 
 def directives(source): return re.findall(r"^\s*#\|\s*(.+?)\s*$", source, re.M)
@@ -67,6 +83,16 @@ def definitions(source):
     tree = ast.parse(source)
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     return sum(n.end_lineno - n.lineno + 1 + len(n.decorator_list) for n in tree.body if isinstance(n, kinds))
+
+
+def docstrings(source):
+    "The docstrings of the functions and classes of a cell, those of methods too."
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    found = (ast.get_docstring(n) for n in ast.walk(ast.parse(source)) if isinstance(n, kinds))
+    return [text for text in found if text]
+
+
+def begins_with_a_verb(docstring): return docstring.split()[0].strip("`,.:;").lower() in FIRST_WORDS
 
 
 def test_calls(source):
@@ -102,6 +128,9 @@ def figures(path):
             out.exported += own
             out.shown += own * visible
             out.longest = max(out.longest, len(lines) if own else 0)
+            texts = docstrings(source)
+            out.docstrings += len(texts)
+            out.verbs += sum(map(begins_with_a_verb, texts))
             if own and len(lines) > LENGTH: out.broken.append(f"{place}: {len(lines)} lines in one exported cell")
         calls, joined = test_calls(source), 0 if "plt" in source else semicolons(source)
         out.all_tests += calls
@@ -126,7 +155,7 @@ def wide_scripts():
 
 
 def main():
-    names = ["chapter", "shown", "tests", "wide", ";", "longest", "words"]
+    names = ["chapter", "shown", "tests", "wide", ";", "longest", "words", "verbs"]
     each = {p.name: figures(p) for p in sorted(nbs.glob("*.ipynb"))}
     every = Figures()
     for f in each.values(): every.add(f)
@@ -134,6 +163,8 @@ def main():
         broken = every.broken + wide_scripts()
         if every.tests < TESTS * every.all_tests:
             broken.append(f"{every.tests / every.all_tests:.0%} of the test calls are on the pages")
+        if every.verbs < VERBS * every.docstrings:
+            broken.append(f"{every.verbs / every.docstrings:.0%} of the docstrings begin with a verb of `FIRST_WORDS`")
         if broken: sys.exit("\n".join(broken))
         return print("the notebooks keep the rules of the house")
     for row in [names, *(f.row(name) for name, f in each.items()), every.row("all")]:
