@@ -98,13 +98,13 @@ def count_workers(
     gpus = int(resources.get("GPU", 0))
     return (gpus, 1) if gpus else (max(1, int(resources.get("CPU", 1)) // 4), 0)
 
-def _what_waits(ray, asked, patience):
+def _what_waits(ray, asked, stall_seconds):
     "Say what a cluster has, what is free, and what was asked for."
     def named(of): return ", ".join(f"{of.get(k, 0):g} {k}" for k in ("CPU", "GPU"))
     return ClusterError(
-        f"nothing was heard from the workers for {patience:g} s. Asked for: {asked}; the cluster "
-        f"has {named(ray.cluster_resources())}, of which {named(ray.available_resources())} are "
-        "free. Ask for fewer workers, add machines, or wait longer with `patience`")
+        f"nothing was heard from the workers for {stall_seconds:g} s. Asked for: {asked}; the "
+        f"cluster has {named(ray.cluster_resources())}, of which "
+        f"{named(ray.available_resources())} are free. Ask for fewer workers, add machines, or wait longer with `stall_seconds`")
 
 def start_workers(
     ray,
@@ -127,7 +127,7 @@ def run_on_workers(
     calls: Iterable[tuple],      # (name of a worker's method, its arguments) in any number
     workers: list,               # as `start_workers` gives them
     asked: str,                  # what was asked for, to say what waits
-    patience: float = 600.,      # seconds without any answer after which the run ends
+    stall_seconds: float = 600.,      # seconds without any answer after which the run ends
 ) -> Iterator[tuple]:            # the call, its result, and the error that took its place, or None
     "Run calls on whichever worker is idle; yield each as it ends. Raises ClusterError."
     calls, idle, running = iter(calls), list(workers), {}
@@ -137,8 +137,8 @@ def run_on_workers(
             name, args = call
             running[getattr(worker, name).remote(*args)] = worker, call
         if not running: return
-        ended, _ = ray.wait(list(running), timeout=patience)
-        if not ended: raise _what_waits(ray, asked, patience)
+        ended, _ = ray.wait(list(running), timeout=stall_seconds)
+        if not ended: raise _what_waits(ray, asked, stall_seconds)
         for reference in ended:
             worker, call = running.pop(reference)
             idle.append(worker)
@@ -181,12 +181,12 @@ def _note_set_aside(path, shard, bad):
     replace_file(file, "".join(known[n] + "\n" for n in sorted(known)))
 
 # %% ../nbs/80_cluster.ipynb #99c10015
-def _check_workers(ray, workers, path, how, asked, patience):
+def _check_workers(ray, workers, path, how, asked, stall_seconds):
     "Return the settings of the store; raise ClusterError for a worker that does not fit."
     calls, found = [w.about.remote(path, how) for w in workers], []
     while calls:
-        ended, calls = ray.wait(calls, timeout=patience)
-        if not ended: raise _what_waits(ray, asked, patience)
+        ended, calls = ray.wait(calls, timeout=stall_seconds)
+        if not ended: raise _what_waits(ray, asked, stall_seconds)
         try: found += ray.get(ended)
         except ray.exceptions.RayTaskError as e: raise e.cause
         except ray.exceptions.RayActorError:
@@ -211,7 +211,7 @@ def encode_on_cluster(
     cluster: str = "local",         # "local", or the address of a cluster
     workers: int = 0,               # number of workers (0 = as `count_workers` says)
     threads: int = 0,               # threads of each worker (0 = torch's own number)
-    patience: float = 600.,         # seconds without any answer after which the run ends
+    stall_seconds: float = 600.,         # seconds without any answer after which the run ends
     set_aside: bool = True,         # put texts that cannot be encoded aside, instead of stopping
     progress: bool = True,          # show a bar
     prompt: str | None = None, outputs: tuple = OUTPUTS, max_length: int | None = None,
@@ -224,9 +224,9 @@ def encode_on_cluster(
                total=len(texts) if hasattr(texts, "__len__") else None)
     with cluster_session(cluster) as ray, locked_store(path), bar:
         actors, asked = start_workers(ray, open_encoder, workers, threads)
-        settings = _check_workers(ray, actors, path, how, asked, patience)
+        settings = _check_workers(ray, actors, path, how, asked, stall_seconds)
         writer = StoreWriter(path, settings)
-        run = _ShardRun(ray, actors, asked, patience, settings, set_aside)
+        run = _ShardRun(ray, actors, asked, stall_seconds, settings, set_aside)
         for shard in run.encode(writer.missing(texts)): bar.update(len(shard.texts))
         bar.update(writer.n - bar.n)
         for left in path.glob("*.tmp"): left.unlink()      # of workers that died
@@ -235,9 +235,9 @@ def encode_on_cluster(
 # %% ../nbs/80_cluster.ipynb #99c10017
 class _ShardRun:
     "The shards of one run on their way through the workers."
-    def __init__(self, ray, actors, asked, patience, settings, set_aside):
+    def __init__(self, ray, actors, asked, stall_seconds, settings, set_aside):
         self.ray, self.actors, self.settings, self.set_aside = ray, actors, settings, set_aside
-        self.about = actors, asked, patience
+        self.about = actors, asked, stall_seconds
 
     def _ask(self, name, shard):
         "Run one call for one shard and wait for it."
@@ -310,7 +310,7 @@ def search_on_cluster(
     cluster: str = "local",         # "local", or the address of a cluster
     workers: int = 0,               # number of workers (0 = as `count_workers` says)
     part: int = 65536,              # passages of a part; a whole number of blocks
-    patience: float = 600.,         # seconds without any answer after which the run ends
+    stall_seconds: float = 600.,         # seconds without any answer after which the run ends
 ) -> Candidates:
     "Find the best passages for every query, exactly. Raises ClusterError and ValueError."
     store = EmbeddingStore(Path(path).absolute())
@@ -322,7 +322,7 @@ def search_on_cluster(
         shared, found = ray.put(queries), {}
         calls = (("best", (shared, store.path, a, min(a + part, len(store)), k, weights, block))
                  for a in range(0, len(store), part))
-        for (_, args), result, error in run_on_workers(ray, calls, actors, asked, patience):
+        for (_, args), result, error in run_on_workers(ray, calls, actors, asked, stall_seconds):
             if error: raise error
             found[args[2]] = result
     return merge_candidates([found[a] for a in sorted(found)], k)
