@@ -104,7 +104,8 @@ def _what_waits(ray, asked, stall_seconds):
     return ClusterError(
         f"nothing was heard from the workers for {stall_seconds:g} s. Asked for: {asked}; the "
         f"cluster has {named(ray.cluster_resources())}, of which "
-        f"{named(ray.available_resources())} are free. Ask for fewer workers, add machines, or wait longer with `stall_seconds`")
+        f"{named(ray.available_resources())} are free. Ask for fewer "
+        "workers, add machines, or wait longer with `stall_seconds`")
 
 def start_workers(
     ray,
