@@ -623,6 +623,7 @@ def _held_out_mixture(
         mixed[mine] = fuse({m: s[mine] for m, s in scores.items()}, weights)
     return mixed
 
+# %% ../nbs/40_evaluation.ipynb #91e100a1
 FEW_TO_FIT = 30   # number of validation queries below which nothing is fitted
 
 def usual_weights(

@@ -172,11 +172,11 @@ _MIGRATION = """## Migration from another model
 Vectors of two models cannot be compared, so the documents are encoded again, beside the old index.
 
 1. Keep the old model and the old index as they are.
-2. Build the new index: `bgem3-job index -p model PATH -p data DOCUMENTS --out new_index`. At the
+2. Build the new index: `bgem3-job index -p model PATH -p source DOCUMENTS --out new`. At the
    speed above, a million passages take about {hours} hours on one such machine.
 3. Ask both with the questions that matter to you, and read those that got worse.
 4. Give the new one a tenth of the users: `bgem3-serve OLD --index old_index --beside PATH
-   --beside-index new_index --share 0.1`. The log and `/metrics` name the model of each answer.
+   --beside-index new/index --share 0.1`. The log and `/metrics` name the model of each answer.
 5. Raise the share, then serve the new model alone. Fit thresholds anew: scores of two models have
    different scales.
 
@@ -216,7 +216,7 @@ def deployment_guide(
 _CARD = """# {title}
 
 Dense, lexical and multi-vector retrieval, fine-tuned from `{base}` on `{source}` with
-[bgem3_nb](https://github.com/bgem3-nb/bgem3_nb).
+bgem3_nb, <https://github.com/bgem3-nb/bgem3_nb>.
 
 ## Intended use
 
@@ -241,9 +241,9 @@ def model_card(run: Trained) -> ModelCard:
     "Make the card of a run's model."
     s, m = run.settings, run.metrics
     licences = [licence_of(str(s[k])) for k in ("model", "source")]
-    title, language = Path(str(s["out"])).name, s.get("language") or None
+    title, language = Path(str(s["out"])).name, str(s.get("language") or "") or None
     results = [EvalResult(task_type="information-retrieval", metric_type="ndcg_at_10",
-                          metric_name=f"nDCG@10, {mode}", metric_value=round(r["mean"], 4),
+                          metric_name=f"nDCG@10, {mode}", metric_value=round(float(r["mean"]), 4),
                           dataset_type="bgem3_nb", dataset_name=f"{s['source']}, test")
                for mode in m["after"] if (r := run.result("after", mode))]
     data = ModelCardData(
