@@ -286,7 +286,8 @@ def test_the_gradient_is_the_same_in_halved_chunks(cached, at, backward, checkpo
     assert "step 0: memory ran out; from here on cached gradients, chunks of" in capsys.readouterr().out
     assert trainer.args.chunk_tokens == trainer.data_collator.chunk_tokens < 128
     assert kept.found.keys() == wanted.found.keys()
-    for name, g in kept.found.items(): torch.testing.assert_close(g, wanted.found[name], atol=1e-6, rtol=1e-4)
+    for name, g in kept.found.items():     # but for rounding, as a share of the whole gradient of a weight
+        assert (g - wanted.found[name]).norm() <= 1e-5 * wanted.found[name].norm() + 1e-9, name
     a, b = (t.state.log_history[0] for t in (trainer, calm))
     assert {k for k in a if "loss" in k} and all(abs(a[k] - b[k]) < 1e-3 for k in a if "loss" in k)
 
