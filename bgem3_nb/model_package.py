@@ -298,7 +298,7 @@ def write_package(
     cost = measure_cost(run, folder)
     (folder/"evaluation_results").mkdir(exist_ok=True)
     def as_json(x): return json.dumps(x, indent=1, ensure_ascii=False, default=str)
-    found = run.metrics | {"served": run.served, "cost": cost,
+    found = run.metrics | {"served": run.served, "measured": cost,
                            "no_answer": None if limit is None else vars(limit)}
     replace_file(folder/"evaluation_results"/"performance_metrics.json", as_json(found))
     replace_file(folder/"training_args.json",
