@@ -22,7 +22,7 @@ from .jobs import JobError
 # %% ../nbs/56_chain_results.ipynb #56c50008
 @dataclass(repr=False)
 class ChainResults:
-    "What the steps of a finished chain have left."
+    "Read what the steps of a finished chain have left."
     out: Path
     steps: dict[str, dict]   # name of a step -> its state, seconds, when it ended
 
@@ -95,7 +95,7 @@ def false_negatives(self:ChainResults,
 def questions(self:ChainResults,
     data: str | None = None,   # name of a set; None: of all
     step: str = "evaluate",
-) -> pd.DataFrame:             # of `per_query.parquet`
+) -> pd.DataFrame:             # rows of `per_query.parquet`
     "Return what every system did with every question."
     found = pd.read_parquet(self.out/step/"per_query.parquet")
     return found if data is None else found[found["set"] == data]
@@ -185,7 +185,7 @@ def changes(self:ChainResults,
     start: str = "",         # a model; "" = the first one
     trained: str = "",       # a model; "" = the last one
     step: str = "evaluate",
-) -> pd.DataFrame:           # of `compare_queries`
+) -> pd.DataFrame:           # table of `compare_queries`
     "Say of each question what became of it: broken, still wrong, fixed or still right."
     names, found = self.model_names(step), self.questions(data, step)
     before, after = (found[found["system"] == f"{name} {mode}"]

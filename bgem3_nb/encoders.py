@@ -13,14 +13,14 @@ from torch import nn
 
 # %% ../nbs/09_encoders.ipynb #09a0000b
 def embedding_part(
-    encoder: nn.Module,   # of transformers
+    encoder: nn.Module,   # an encoder of transformers
 ) -> nn.Module:           # embeddings of tokens, and where they are together, of positions
     "Find the part of an encoder that turns token ids into vectors."
     part = getattr(encoder, "embeddings", None)
     return encoder.get_input_embeddings() if part is None else part
 
 def layer_stack(
-    encoder: nn.Module,   # of transformers
+    encoder: nn.Module,   # an encoder of transformers
 ) -> nn.ModuleList:       # the layers, the lowest first
     "Find the layers of an encoder. Raises ValueError where it has none of their own."
     number = encoder.config.num_hidden_layers
@@ -57,7 +57,7 @@ FAMILIES = {
 
 # %% ../nbs/09_encoders.ipynb #09a0000e
 def tiny_tokenizer(
-    frame: str,         # such as "<s> $A </s>", $A for the text
+    frame: str,         # special tokens around a text $A, such as "<s> $A </s>"
     texts: list[str],   # what the vocabulary of 400 pieces is learned from
 ):                      # a tokenizer of transformers
     "Train a small tokenizer that frames texts in this way."

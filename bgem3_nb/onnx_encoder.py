@@ -19,7 +19,7 @@ from .text import is_decomposed, to_nfc
 # %% ../nbs/08_onnx_encoder.ipynb #08a00009
 @dataclass
 class OnnxEmbeddings:
-    "The outputs for n texts; those that were not asked for are None."
+    "Hold the outputs of n texts; those that were not requested are None."
     dense: np.ndarray | None = None     # (n, d) float32, rows of length 1
     lexical: csr_matrix | None = None   # (n, vocabulary) float32, weights > 0
     multi: np.ndarray | None = None     # (all tokens, d) float32, rows of length 1
@@ -31,7 +31,7 @@ class OnnxEmbeddings:
         return 0 if part is None else part.shape[0]
 
     def vectors(self,
-        i: int,       # which text
+        i: int,       # number of the text
     ) -> np.ndarray:  # (tokens, d)
         "Get the multi-vectors of one text."
         return self.multi[self.offsets[i]:self.offsets[i + 1]]
@@ -57,8 +57,8 @@ def _lexical_rows(
 
 def join_outputs(
     parts: list[dict],   # outputs of some texts: dense, lexical (ids, weights), multi
-    width: int,          # of the vocabulary
-) -> OnnxEmbeddings:     # of all texts, in the order of the parts
+    width: int,          # width of the vocabulary
+) -> OnnxEmbeddings:     # embeddings of all texts, in the order of the parts
     "Join the outputs of single texts."
     out = OnnxEmbeddings()
     if "dense" in parts[0]: out.dense = np.stack([p["dense"] for p in parts])
@@ -97,7 +97,7 @@ def _open(path, threads):
 
 # %% ../nbs/08_onnx_encoder.ipynb #08a0000e
 class OnnxEncoder:
-    "Texts to dense, lexical and multi-vector embeddings, without torch."
+    "Encode texts as dense, lexical and multi-vector embeddings, without torch."
     def __init__(self,
         path: str | Path,                # directory that `export_onnx` wrote
         max_length: int | None = None,   # tokens per text; None: as the model states

@@ -25,9 +25,9 @@ from .model import default_length, M3Model, max_positions, pool_states
 
 # %% ../nbs/07_onnx_export.ipynb #07a00009
 class ThreeOutputs(nn.Module):
-    "The encoder and its heads as one function of tensors."
+    "Compute all three outputs, as one function of tensors."
     def __init__(self,
-        model: M3Model,   # on the CPU, in fp32
+        model: M3Model,   # model on the CPU, in fp32
     ):
         super().__init__()
         self.model, head = model, model.lexical_head
@@ -111,7 +111,7 @@ BLOCK = 64               # weights that share a scale
 _SMALL = 4096            # numbers; what is smaller stays as it is
 
 def _tables(
-    graph,   # of an ONNX model
+    graph,   # graph of an ONNX model
 ):
     "List the lookups in a weight: position, node and weight."
     weights = {w.name: w for w in graph.initializer if len(w.dims) == 2 and w.data_type == 1}
@@ -128,7 +128,7 @@ def _replace(graph, at, weight, nodes, arrays):
     graph.initializer.extend(onnx.numpy_helper.from_array(a, name) for name, a in arrays.items())
 
 def _quantize_tables(
-    graph,   # of an ONNX model; changed
+    graph,   # graph of an ONNX model, changed in place
 ):
     "Store tables that are looked up in 8 bits, with a scale for each row."
     onnx = _needed("onnx")
@@ -147,7 +147,7 @@ def _quantize_tables(
 
 # %% ../nbs/07_onnx_export.ipynb #07a00013
 def _halve(
-    graph,   # of an ONNX model; changed
+    graph,   # graph of an ONNX model, changed in place
 ):
     "Store large weights in fp16, and widen them where they are used."
     onnx, widened = _needed("onnx"), []
@@ -191,7 +191,7 @@ PRECISIONS = ("fp32", "fp16", "int8")
 
 def _reader_settings(
     model: M3Model,
-    text: TextTokenizer,   # of the model
+    text: TextTokenizer,   # tokenizer of the model
     precision: str,
 ) -> dict:
     "List what a reader of the graph needs to know."

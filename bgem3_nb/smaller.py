@@ -88,7 +88,7 @@ def kept_ids(
 
 # %% ../nbs/81_smaller.ipynb #98a00012
 def trim_tokenizer(
-    tokenizer,          # of transformers, Unigram; stays as it is
+    tokenizer,          # a Unigram tokenizer of transformers; it is not changed
     kept: np.ndarray,   # (m,) ids that stay, rising
 ):                      # a tokenizer of transformers
     "Make a tokenizer of a part of the vocabulary."
@@ -142,7 +142,7 @@ def _trim_terms(
     head.bias.data.copy_(bias)
 
 def coverage(
-    model, small,       # before and after trimming
+    model, small,       # the models before and after trimming
     texts: list[str],
 ) -> dict:
     "Count texts that are cut as before, and tokens that have become unknown."

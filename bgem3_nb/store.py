@@ -366,7 +366,7 @@ def embed_shard(
     return e, longer
 
 def encode_shard(
-    encoder: M3Encoder, shard: ShardTexts, settings: dict,   # as for `embed_shard`
+    encoder: M3Encoder, shard: ShardTexts, settings: dict,   # parameters of `embed_shard`
 ):
     "Encode the texts of a shard and write it. Raises ValueError as `embed_shard`."
     e, longer = embed_shard(encoder, shard, settings)
