@@ -154,7 +154,7 @@ def create(self: EmbeddedEngine, settings: dict):
     points = self.path/_POINTS
     if (points/"edge_config.json").exists(): shutil.rmtree(points)   # made, but not finished
     if self.path.is_file() or self.path.is_dir() and any(self.path.iterdir()):
-        raise IndexProblem(f"{self.path}: there is something else here, which is no index; "
+        raise IndexProblem(f"{self.path}: there is something else here than an index; "
                            "give another path")
     self.check_room(0)
     points.mkdir(parents=True)
@@ -752,7 +752,7 @@ def _compare(self: HybridIndex, given: dict):
         for name, new in parts.items(): differ += _differences(name, kept[name], new)
     if differ:
         raise IndexProblem(f"{self.engine.place}: this index was made with {'; '.join(differ)}. "
-                           "Open it with what it was made with, or build another beside it")
+                           "Open it with these settings, or build another index")
 
 # %% ../nbs/34_hybrid_index.ipynb #6462ce7e
 @dataclass

@@ -35,7 +35,7 @@ def _stage_length(
         if epochs is None: epochs = shared.get("num_train_epochs", 3.)
         elif steps is not None and steps > 0:
             raise ValueError(f"stage {name!r}: max_steps is {steps} and num_train_epochs is "
-                             f"{epochs}; a training is as long as one of them says, drop one")
+                             f"{epochs}; both set the length of the training; leave one out")
         return {"max_steps": -1, "num_train_epochs": epochs}
     return {}
 

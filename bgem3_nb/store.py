@@ -281,7 +281,7 @@ def _open_store(
               if old.get(k) != new.get(k)]
     if differ:
         raise ValueError(f"{path}: this store was made with {'; '.join(differ)}. "
-                         "Encode with what it was made with, or give another path")
+                         "Encode with these settings, or give another path")
     return info
 
 def _write_info(path: Path, info: dict):
