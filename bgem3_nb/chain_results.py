@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from .chains import Chain
 from .evaluation import (
     compare_queries, Evaluation, METRICS, paired, plot_intervals, QueryTable, wrong_queries)
+from .figures import figure_style
 from .jobs import JobError
 
 # %% ../nbs/56_chain_results.ipynb #56c50008
@@ -212,9 +213,9 @@ def draw(self:ChainResults,
 ):                                   # a figure of matplotlib
     "Draw the means of start and trained model on sets, with their intervals."
     from matplotlib.pyplot import subplots
+    figure_style()
     sets = sets or self.set_names(step)
-    fig, axes = subplots(1, len(sets), figsize=(3.6 * len(sets) + 1, 2.9), dpi=72, squeeze=False,
-                         sharey=True)
+    fig, axes = subplots(1, len(sets), figsize=(3.6 * len(sets) + 1, 2.9), squeeze=False, sharey=True)
     for ax, name in zip(axes[0], sets):
         words = self.modes(name, "BM25", step)
         before = words | self.modes(name, self.model_names(step)[0], step)
