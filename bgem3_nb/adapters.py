@@ -49,9 +49,9 @@ def freeze(
 
 # %% ../nbs/13_adapters.ipynb #99e63a5d
 def parameter_groups(
-    model: M3Model,      # with frozen parts already frozen
-    args,                # learning rates and weight decay, as of `M3TrainingArguments`
-) -> list[dict]:         # for torch.optim
+    model: M3Model,      # model whose frozen parts are frozen already
+    args,                # settings with learning rates and weight decay
+) -> list[dict]:         # parameter groups for torch.optim
     "Group the encoder and each head at their own learning rates, with and without weight decay."
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     def chosen(prefix, decayed):
@@ -72,9 +72,9 @@ def find_peft():
         raise ImportError(message) from None
 
 def add_lora(
-    model: M3Model,   # its encoder is changed in place
-    rank: int,        # of the adapters; alpha is twice the rank
-    seed: int = 0,    # random seed of their start
+    model: M3Model,   # model whose encoder is changed in place
+    rank: int,        # rank of the adapters; alpha is twice the rank
+    seed: int = 0,    # random seed of the adapters' start
 ):
     "Put adapters beside all linear layers of the encoder. Raises ImportError without peft."
     peft = find_peft()
@@ -88,7 +88,7 @@ def add_lora(
         peft.inject_adapter_in_model(config, model.encoder)
 
 def adapter_weights(
-    encoder: nn.Module,   # with or without adapters
+    encoder: nn.Module,   # encoder with or without adapters
 ) -> dict:                # name to tensor; empty where there are none
     "Collect the adapters' own weights."
     return {n: p.detach().contiguous() for n, p in encoder.named_parameters() if "lora_" in n}
@@ -108,13 +108,13 @@ def merge_lora(
 # %% ../nbs/13_adapters.ipynb #ca1a0096
 @torch.no_grad()
 def _frozen_states(
-    model: M3Model,     # its encoder is used as it is
+    model: M3Model,     # model whose encoder is used
     texts: list[str],   # what to encode
     prompt: str,        # put before every text
     length: int,        # tokens after which a text is truncated
     dtype: torch.dtype, # precision of the products
     progress: bool = False,  # show a progress bar
-) -> list[tuple]:       # for each text (ids (n,), hidden states (n, d) in fp16)
+) -> list[tuple]:       # (ids (n,), hidden states (n, d) in fp16) of each text
     "Compute the encoder's last hidden states of every text."
     encoder = M3Encoder(model, max_length=length, dtype=dtype, device=model.special_ids.device,
                         progress=progress)
@@ -123,7 +123,7 @@ def _frozen_states(
 
 def _lexical_weights(
     states: list[tuple],   # (ids, hidden states) of some texts
-    model: M3Model,        # for its lexical head
+    model: M3Model,        # model whose lexical head is used
 ) -> tuple:                # padded ids and weights, (b, n) each
     "Compute lexical weights from known hidden states, with a gradient to the head alone."
     def pad(tensors): return nn.utils.rnn.pad_sequence(tensors, batch_first=True)
@@ -134,8 +134,8 @@ def _lexical_weights(
 
 # %% ../nbs/13_adapters.ipynb #13a00003
 def restrict_to_texts(
-    model: M3Model,     # with a lexical head that expands
-    texts: list[str],   # whose terms may have weights: all that will be searched
+    model: M3Model,     # model whose lexical head expands
+    texts: list[str],   # all texts that will be searched; their terms may have weights
     max_length: int | None = None,   # tokens after which a text is truncated; None: the model's
 ):
     "Let the lexical head expand to the terms of these texts only; its biases begin at 0."
@@ -147,7 +147,7 @@ def restrict_to_texts(
 # %% ../nbs/13_adapters.ipynb #0918dea4
 def _start_scale(
     model: M3Model,      # an expansion head is brought to the scale of the warm-up
-    factor: float,       # by which the head is scaled when it is warm
+    factor: float,       # factor by which the head is scaled after the warm-up
 ) -> tuple:              # parameters to scale at the end, and how many times slower it learns
     "Prepare the lexical head for a warm-up at another temperature."
     head = model.lexical_head
@@ -156,11 +156,11 @@ def _start_scale(
     return [head.scale], 5
 
 def _warm_up_steps(
-    model: M3Model,        # its lexical head is trained
-    batches,               # of (queries' states, passages' states, which of the pairs are right)
+    model: M3Model,        # model whose lexical head is trained
+    batches,               # (queries' states, passages' states, which pairs are right) of each step
     steps: int,            # number of batches
     learning_rate: float,  # rises over 20 steps, then falls to 0 along a cosine
-    temperature: float,    # of the loss
+    temperature: float,    # temperature of the loss
 ) -> list[float]:          # the loss of every step
     "Train the lexical head with Adam on known hidden states."
     opt, losses = torch.optim.Adam(model.lexical_head.parameters(), lr=learning_rate), []
@@ -179,13 +179,13 @@ def _warm_up_steps(
 
 # %% ../nbs/13_adapters.ipynb #3c935f39
 def warm_up_lexical(
-    model: M3Model,               # its lexical head is changed, nothing else
+    model: M3Model,               # model whose lexical head is trained
     rows,                         # rows with `query` and `pos`
-    steps: int = 200,             # of Adam on the head
+    steps: int = 200,             # number of steps of Adam
     most: int = 1000,             # most rows that are used, drawn at random
     batch_size: int = 128,        # rows in a step
     learning_rate: float = 5e-3,  # falls to 0 along a cosine
-    temperature: tuple = (.2, .02),  # of this loss, and of the training that follows
+    temperature: tuple = (.2, .02),  # temperatures of this loss and of the training that follows
     length: int = 256,            # tokens after which a text is truncated
     dtype: torch.dtype = torch.float32,  # precision of the encoder's products
     seed: int = 0,                # random seed

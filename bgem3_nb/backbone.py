@@ -43,7 +43,7 @@ NOT_TENSORS = ("not a file of plain tensors: it is damaged, or it holds code, wh
                "download it again, or ask for the model in safetensors")
 
 def check_lfs_pointer(
-    file: Path,   # of a checkpoint
+    file: Path,   # a file of a checkpoint
 ):
     "Raise ValueError where a file is Git LFS's pointer to a file that was not downloaded."
     with open(file, "rb") as f: start = f.read(400)
@@ -63,8 +63,8 @@ def _check_lfs_pointers(
 
 # %% ../nbs/00_backbone.ipynb #09b00002
 def _encoder_class(
-    config,   # of a checkpoint
-):            # a class of transformers
+    config,   # configuration of a checkpoint
+):            # the class of transformers that loads it
     "Find the class that loads an encoder, without the decoder that T5 and its kind have."
     from transformers import (
         AutoModel, AutoModelForTextEncoding, MODEL_FOR_TEXT_ENCODING_MAPPING)
@@ -75,7 +75,7 @@ def _encoder_class(
 # %% ../nbs/00_backbone.ipynb #55d9d140
 def _load_encoder(
     name: str,                         # directory or hub name
-    attn_implementation: str | None,   # as transformers names it; None: its own choice
+    attn_implementation: str | None,   # kind of attention (None = transformers' choice)
 ):
     "Load the encoder without a pooler where its class can do without. Raises ValueError."
     from transformers import AutoConfig
@@ -94,8 +94,8 @@ def _load_encoder(
     return encoder
 
 def _check_tokenizer(
-    tokenizer,    # as loaded
-    encoder,      # as loaded
+    tokenizer,    # tokenizer of the checkpoint
+    encoder,      # encoder of the checkpoint
 ):
     "Raise ValueError where the tokenizer has no vocabulary, or more ids than the encoder has rows."
     rows = encoder.get_input_embeddings().num_embeddings
@@ -108,9 +108,9 @@ def _check_tokenizer(
 # %% ../nbs/00_backbone.ipynb #0185ea22
 def load_backbone(
     name_or_path: str | Path = "embedded",  # "embedded", a directory, or a hub name
-    dtype: torch.dtype = torch.float32,     # of the weights
-    device: str | torch.device = "cpu",     # where the encoder goes
-    attn_implementation: str | None = None,   # as transformers names it; None: its own choice
+    dtype: torch.dtype = torch.float32,     # precision of the weights
+    device: str | torch.device = "cpu",     # device that holds the encoder
+    attn_implementation: str | None = None,   # kind of attention (None = transformers' choice)
 ) -> tuple:                                 # (encoder without a pooler, in eval mode; tokenizer)
     "Load an encoder and its tokenizer. Raises ValueError, in one sentence, where there is none."
     from transformers import AutoTokenizer
@@ -158,9 +158,9 @@ def _text_backend(
 
 # %% ../nbs/00_backbone.ipynb #58ab0e17
 class TextTokenizer:
-    "Token ids of texts, read as text and nothing else. Threads may share it: no call changes it."
+    "Read texts as token ids, special tokens in them as plain text. Threads may share an instance."
     def __init__(self,
-        tokenizer,   # of transformers; stays as it is
+        tokenizer,   # a tokenizer of transformers; it is not changed
     ):
         self.tokenizer, self.backend = tokenizer, None
         self.left = tokenizer.truncation_side == "left"
@@ -195,7 +195,7 @@ def truncate(self: TextTokenizer,
     tokens: list,      # ids, or anything else in their order
     max_length: int,   # tokens
 ) -> list:
-    "Remove the tokens that are too many; the special ones around the text stay."
+    "Truncate a text's tokens; the special tokens around it stay."
     over = len(tokens) - max_length
     at = self.before if self.left else max_length - self.after
     return tokens[:at] + tokens[at + over:] if over > 0 else tokens
@@ -203,9 +203,9 @@ def truncate(self: TextTokenizer,
 # %% ../nbs/00_backbone.ipynb #cdea1b76
 @patch
 def encode(self: TextTokenizer,
-    text: str,   # of any length
+    text: str,   # one text of any length
 ):               # an `Encoding` of the tokenizers library, with `ids`, `offsets` and `word_ids`
-    "Read one whole text with the characters of each token. Raises ValueError if it cannot be told."
+    "Tokenize one whole text, with each token's characters. Raises ValueError if they are unknown."
     if self.backend is None:
         raise ValueError("this tokenizer does not tell the characters of a token; "
                          "load its fast version")
@@ -220,7 +220,7 @@ def encode(self: TextTokenizer,
 # %% ../nbs/00_backbone.ipynb #09b00004
 def pad_batch(
     ids: list[list[int]],    # token ids of each text
-    tokenizer,               # of transformers, for its padding token
+    tokenizer,               # a tokenizer of transformers, for its padding token
 ) -> dict:                   # "input_ids" and "attention_mask", (b, n) each
     "Put the token ids of texts into one batch."
     def padded(rows, value):
@@ -235,9 +235,9 @@ def pick_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 def resolve_device(
-    device: str | torch.device | None = None,   # such as "cuda"; None: the best there is
-) -> torch.device:                              # with its number, as in "cuda:0"
-    "Say which device is meant, once: another thread may make another GPU the current one."
+    device: str | torch.device | None = None,   # name, as "cuda" (None = the best)
+) -> torch.device:                              # device with its number: "cuda:0"
+    "Add a GPU's number, since another thread may make another GPU the current one."
     return torch.empty(0, device=pick_device() if device is None else device).device
 
 def _cpu_flags() -> set[str]:
@@ -248,7 +248,7 @@ def _cpu_flags() -> set[str]:
     return set(info.read_text().split()) if info.is_file() else set()
 
 def pick_dtype(
-    device: str | torch.device,   # where products will run
+    device: str | torch.device,   # device that computes the products
 ) -> tuple[torch.dtype, str]:     # precision, and why
     "Pick bf16 or fp16, whichever the hardware multiplies fast, else fp32."
     device = torch.device(device)

@@ -323,7 +323,7 @@ def _command(argv):
     asks_help = any(a in ("-h", "--help") for a in rest)
     if asks_help and not [a for a in rest if not a.startswith("-")]: return _parser().print_help()
     args = _parser().parse_args([a for a in rest if a not in ("-h", "--help")])
-    if args.job == "params" and not args.of: raise JobError("which job? bgem3-job params NAME")
+    if args.job == "params" and not args.of: raise JobError("name a job: bgem3-job params NAME")
     if args.job == "params" or asks_help and args.job != "list":
         return _list_params(args.of or args.job)
     if args.job == "run": return _run_command(args, words)
@@ -339,7 +339,7 @@ def _command(argv):
 # %% ../nbs/49_chains.ipynb #c4a20021
 def _run_command(args, words):
     "Execute `bgem3-job run`."
-    if not args.of: raise JobError("run what? bgem3-job run CHAIN, or a folder of documents")
+    if not args.of: raise JobError("name a chain or a folder of documents: bgem3-job run CHAIN")
     if args.file: raise JobError("-f is for one job; in a chain, a step names its `file`")
     path, name, out = Path(args.of).expanduser(), args.of, args.out
     if path.is_dir() or path.is_file() and path.suffix not in (".yaml", ".yml"):

@@ -28,7 +28,7 @@ from bgem3_nb.store import (
 
 # %% ../nbs/80_cluster.ipynb #99c10009
 class ClusterError(RuntimeError):
-    "What a cluster cannot do, in one sentence that says what to change."
+    "Report what a cluster cannot do, in one sentence that says what to change."
 
 def _needs_ray():
     "Import Ray, or say how to get it."
@@ -40,8 +40,8 @@ def _needs_ray():
 @contextmanager
 def cluster_session(
     cluster: str = "local",   # "local" for this machine, or the address of a cluster
-    cores: int = 0,           # for "local": number of cores that Ray may use (0 = all)
-) -> Iterator:                # of the module `ray`
+    cores: int = 0,           # number of cores that a local Ray may use (0 = all)
+) -> Iterator:                # yields the module `ray`
     "Start or join a cluster, and leave it at the end. Raises ClusterError if none answers."
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray = _needs_ray()
@@ -61,7 +61,7 @@ def cluster_session(
 
 # %% ../nbs/80_cluster.ipynb #99c1000b
 class _ShardWorker:
-    "An encoder that serves shards, as a Ray actor."
+    "Encode and search shards in a process of its own, a Ray actor."
     def __init__(self, open_encoder, threads):
         if threads: torch.set_num_threads(threads)
         self.open_encoder, self.opened = open_encoder, None
@@ -92,7 +92,7 @@ class _ShardWorker:
 
 # %% ../nbs/80_cluster.ipynb #99c1000d
 def count_workers(
-    resources: dict[str, float],   # of the cluster, as `ray.cluster_resources()` gives them
+    resources: dict[str, float],   # resources of the cluster, from `ray.cluster_resources()`
 ) -> tuple[int, int]:              # number of workers, and of GPUs for each
     "Choose the number of workers: one for each GPU, or for every four cores."
     gpus = int(resources.get("GPU", 0))
@@ -126,7 +126,7 @@ def start_workers(
 def run_on_workers(
     ray,
     calls: Iterable[tuple],      # (name of a worker's method, its arguments) in any number
-    workers: list,               # as `start_workers` gives them
+    workers: list,               # actors from `start_workers`
     asked: str,                  # what was asked for, to say what waits
     stall_seconds: float = 600.,      # seconds without any answer after which the run ends
 ) -> Iterator[tuple]:            # the call, its result, and the error that took its place, or None
@@ -165,8 +165,8 @@ def find_bad_texts(
 def without_texts(
     shard: ShardTexts,
     bad: Iterable[int],   # numbers in the corpus
-) -> ShardTexts:          # with the keys of the texts as they were
-    "Put an empty text in the place of some."
+) -> ShardTexts:          # the shard, with the keys of the original texts
+    "Replace some texts of a shard by an empty text."
     texts = list(shard.texts)
     for number in bad: texts[number - shard.first] = ""
     return ShardTexts(shard.file, shard.first, texts, shard.keys)
@@ -235,7 +235,7 @@ def encode_on_cluster(
 
 # %% ../nbs/80_cluster.ipynb #99c10017
 class _ShardRun:
-    "The shards of one run on their way through the workers."
+    "Send the shards of one run through the workers."
     def __init__(self, ray, actors, asked, stall_seconds, settings, set_aside):
         self.ray, self.actors, self.settings, self.set_aside = ray, actors, settings, set_aside
         self.about = actors, asked, stall_seconds
@@ -268,7 +268,7 @@ class _ShardRun:
 
 # %% ../nbs/80_cluster.ipynb #99c1001c
 class _Part:
-    "The texts from `start` to `stop` of a store, numbered from 0."
+    "Read the texts from `start` to `stop` of a store, numbered from 0."
     def __init__(self, store, start, stop):
         self.store, self.start, self.stop, self.model = store, start, stop, store.model
 
@@ -285,13 +285,13 @@ def best_of_part(
     k: int,                      # passages wanted for each query
     weights: dict[str, float],   # mode to weight
     block: int,                  # passages scored at a time
-) -> Candidates:                 # with the numbers of the whole store
+) -> Candidates:                 # candidates, by their numbers in the whole store
     "Find the best passages of a part of a store."
     found = top_by_blocks(queries, _Part(store, start, stop), k, weights, block)
     return Candidates(found.scores, found.passages + start, found.mode)
 
 def merge_candidates(
-    parts: list[Candidates],   # of the same queries, from different parts of a corpus
+    parts: list[Candidates],   # candidates of the same queries, from different parts
     k: int,                    # passages wanted for each query
 ) -> Candidates:
     "Merge what the parts of a corpus gave; of equal passages the lower number comes first."

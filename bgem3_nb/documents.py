@@ -1373,7 +1373,7 @@ def read_document(
     path = Path(path)
     if not path.is_file(): raise DocumentError(f"{path}: there is no such file")
     if (read := READERS.get(path.suffix.lower())) is None:
-        raise DocumentError(f"unknown format '{path.suffix}'; the chapter reads "
+        raise DocumentError(f"unknown format '{path.suffix}'; supported are "
                             f"{', '.join(READERS)}{_SAVE_AS.get(path.suffix.lower(), '')}")
     if not path.stat().st_size: raise DocumentError("empty: the file has 0 bytes")
     try: blocks, info = read(path)

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 # %% ../nbs/97_embedded.ipynb #11eb34ff
 def dequantise(
     data: bytes,        # Q4_0 blocks of 18 bytes: an fp16 scale, then 32 codes of four bits
-    dtype=np.float32,   # of the result
+    dtype=np.float32,   # type of the result
 ) -> np.ndarray:        # (32 × number of blocks,)
     "Compute the weights of Q4_0 blocks."
     blocks = np.frombuffer(data, np.uint8).reshape(-1, 18)
@@ -38,7 +38,7 @@ def dequantise(
 
 # %% ../nbs/97_embedded.ipynb #c3ff601f
 class _FileCursor:
-    "Reads a file's bytes in order. Raises ValueError, naming the file, where they end too early."
+    "Read a file's bytes in order. Raises ValueError, naming the file, where they end too early."
     def __init__(self,
         path: str | Path,   # file to read
     ):
@@ -64,7 +64,7 @@ class _FileCursor:
 # %% ../nbs/97_embedded.ipynb #6bd38c27
 class E5File(_FileCursor):
     """
-    The embedded model's file: sizes, vocabulary, and tensors by name.
+    Read the embedded model's file: sizes, vocabulary, and tensors by name.
     Raises ValueError where it is no such file.
     """
     FIELDS = ("hidden", "layers", "heads", "ffn", "rows", "positions", "types", "eps", "block",
@@ -101,9 +101,9 @@ class E5File(_FileCursor):
 # %% ../nbs/97_embedded.ipynb #d59c9797
 @patch
 def tensor(self: E5File,
-    name: str,          # such as "l0.q.w"
-    *shape: int,        # of the result
-    dtype=np.float32,   # of the result
+    name: str,          # name of a tensor, such as "l0.q.w"
+    *shape: int,        # shape of the result
+    dtype=np.float32,   # type of the result
 ) -> torch.Tensor:
     "Read one tensor. Raises ValueError where it is missing, of another size, or not finite."
     if name not in self.tensors: raise self.damaged(f"the tensor {name} is missing")
@@ -134,7 +134,7 @@ LAYER_PARTS = {"q": "attention.self.query", "k": "attention.self.key",
 
 def xlmr_state(
     file: E5File,       # the open file
-    dtype=np.float32,   # of the weights
+    dtype=np.float32,   # type of the weights
 ) -> dict:              # name → tensor
     "Read the weights under the names that `XLMRobertaModel` gives them."
     d, get = file.hidden, lambda name, *shape: file.tensor(name, *shape, dtype=dtype)
@@ -169,7 +169,7 @@ def xlmr_config(
 # %% ../nbs/97_embedded.ipynb #ae17ef3f
 def _protobuf_field(
     message: bytes,   # a protobuf message
-    number: int,      # of the field
+    number: int,      # number of the field
 ) -> bytes:
     "Find the first length-delimited field of that number. Raises ValueError if there is none."
     def varint(at, value=0, shift=0):
@@ -273,7 +273,7 @@ def _remove_stale_conversions(
 # %% ../nbs/97_embedded.ipynb #6be859c9
 def _move_into_place(
     made: Path,     # the finished directory, under its temporary name
-    target: Path,   # its own name
+    target: Path,   # path of the converted directory
 ):
     "Rename `made` to `target`, unless another process was first. Raises ValueError or OSError."
     for _ in range(5):
@@ -310,7 +310,7 @@ def convert_embedded(
 
 # %% ../nbs/97_embedded.ipynb #1e15516c
 def cache_dir() -> Path:
-    "Where converted models and extracted data are kept: `$BGEM3_NB_CACHE`, or `~/.cache/bgem3_nb`."
+    "Find the directory of converted models and data: `$BGEM3_NB_CACHE`, or `~/.cache/bgem3_nb`."
     return Path(os.environ.get("BGEM3_NB_CACHE") or Path.home()/".cache"/"bgem3_nb").expanduser()
 
 # %% ../nbs/97_embedded.ipynb #abdcaec2

@@ -53,12 +53,12 @@ EMBEDDING_PARTS = ("dense", "lexical", "multi", "offsets")
 
 @dataclass
 class Embeddings:
-    "The outputs for n texts; those that were not asked for are None."
+    "Hold the outputs of n texts; those that were not requested are None."
     dense: np.ndarray | None = None     # (n, d) float32, rows of length 1
     lexical: csr_matrix | None = None   # (n, vocabulary) float32, weights > 0
     multi: np.ndarray | None = None     # (all tokens, d) float32, rows of length 1
     offsets: np.ndarray | None = None   # (n+1,) int64; text i has multi[offsets[i]:offsets[i+1]]
-    model: dict | None = field(default=None, repr=False)   # from `model_marks`; None: not known
+    model: dict | None = field(default=None, repr=False)   # marks of the model (None = not known)
 
     def __len__(self):
         if self.offsets is not None: return len(self.offsets) - 1
@@ -80,7 +80,7 @@ class Embeddings:
         return out
 
     def vectors(self,
-        i: int,   # which text
+        i: int,   # number of the text
     ) -> np.ndarray:  # (tokens, d)
         "Get the multi-vectors of one text."
         return self.multi[self.offsets[i]:self.offsets[i+1]]
@@ -88,7 +88,7 @@ class Embeddings:
 # %% ../nbs/02_encoding.ipynb #36fcf711
 @patch(cls_method=True)
 def concat(cls: Embeddings,
-    parts: list[Embeddings],          # at least one, all with the same outputs
+    parts: list[Embeddings],          # one or more parts, all with the same outputs
     places: np.ndarray | None = None, # (n,) place of each text in the result; None: in their order
 ) -> Embeddings:
     "Join embeddings. Raises ValueError where one has an output that another lacks."
@@ -151,7 +151,7 @@ def from_dict(cls: Embeddings,
 # %% ../nbs/02_encoding.ipynb #0ec4aaed
 @patch
 def to_torch(self: Embeddings,
-    device: str | torch.device = "cpu",   # where the tensors go
+    device: str | torch.device = "cpu",   # device of the tensors
 ) -> dict[str, torch.Tensor]:
     "Make tensors by name; `lexical` is a sparse CSR tensor."
     def tensor(m):
@@ -182,7 +182,7 @@ def lexical_rows(
     ids: np.ndarray,         # (m,) its token id
     weights: np.ndarray,     # (m,) its weight, 0 where the position does not count
     shape: tuple[int, int],  # texts, vocabulary
-) -> csr_matrix:             # of that shape
+) -> csr_matrix:             # matrix of that shape
     "Find the largest weight of every token id in every text."
     at = np.flatnonzero(weights)
     key, value = owner[at] * np.int64(shape[1]) + ids[at], weights[at]
@@ -224,7 +224,7 @@ def _pool_packed(
 
 # %% ../nbs/02_encoding.ipynb #163eef75
 def _lexical_packed(
-    model: M3Model,          # for its head
+    model: M3Model,          # the model, for its lexical head
     hidden: torch.Tensor,    # (tokens, d), the states of several texts, end to end
     ids: list[list[int]],    # their token ids
     owner: torch.Tensor,     # (tokens,) which text a state belongs to
@@ -244,7 +244,7 @@ def _lexical_packed(
 
 # %% ../nbs/02_encoding.ipynb #7837acb5
 def read_states(
-    model: M3Model,         # for its heads
+    model: M3Model,         # the model, for its heads
     hidden: torch.Tensor,   # (tokens, d) fp32, the states of several texts, end to end
     ids: list[list[int]],   # their token ids
     outputs: tuple,         # any of "dense", "lexical", "multi"
@@ -293,11 +293,11 @@ def check_texts(
 
 # %% ../nbs/02_encoding.ipynb #cc7a4a13
 def warn_truncated(
-    truncated: int,   # how many texts
-    count: int,       # of how many
+    truncated: int,   # number of truncated texts
+    count: int,       # number of all texts
     length: int,      # tokens that were kept of each
 ):
-    "Warn the caller of the caller that texts were truncated."
+    "Warn that texts were truncated, at the line of the user's call."
     if truncated: warnings.warn(
         f"{truncated:,} of {count:,} texts are longer than {length} tokens and were truncated; "
         "raise max_length as far as the model reads, or split them", stacklevel=3)
@@ -313,28 +313,28 @@ _NO_MEMORY = ("can't allocate memory",             # torch
               "Invalid buffer size")               # Apple, one tensor beyond all memory
 
 def is_out_of_memory(
-    error: BaseException,   # what a batch raised
+    error: BaseException,   # exception that a batch raised
 ) -> bool:
     "Check whether an error says that memory ran out, on the device or on the host."
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)): return True
     return isinstance(error, RuntimeError) and any(m in str(error) for m in _NO_MEMORY)
 
 def free_cache(
-    device: torch.device,   # where memory ran out
+    device: torch.device,   # device whose memory ran out
 ):
-    "Give memory back that the allocator of a device keeps for later."
+    "Release the memory that a device's allocator keeps for later."
     if device.type in ("cuda", "mps"): getattr(torch, device.type).empty_cache()
 
 # %% ../nbs/02_encoding.ipynb #ac60f7d2
 @dataclass
 class TokenBudget:
-    "What the threads of one call share: how much a batch of it may hold."
-    tokens: int                # with padding
-    texts: int | None = None   # None: any number
+    "Limit the size of a call's batches; the call's threads share it."
+    tokens: int                # most tokens of a batch, padding included
+    texts: int | None = None   # most texts of a batch (None = any number)
 
 def _evaluation_copy(
-    module: torch.nn.Module,   # in any mode
-) -> torch.nn.Module:          # on the same tensors; `module` itself if nothing of it trains
+    module: torch.nn.Module,   # module in training or evaluation mode
+) -> torch.nn.Module:          # module on the same tensors; `module` itself if nothing of it trains
     "Copy the module in evaluation mode, for one call; other threads may train it meanwhile."
     if not any(m.training for m in module.modules()): return module
     tensors = {id(t): t for t in [*module.parameters(), *module.buffers()]}
@@ -386,10 +386,10 @@ _USUAL = {"normalize_embeddings": True, "output_value": "sentence_embedding",
           "precision": "float32", "trust_remote_code": False}
 
 def refuse_familiar(
-    function,      # whose arguments they are, such as M3Encoder.encode
-    given: dict,   # arguments that it was given and may not have
+    function,      # function that was called, such as M3Encoder.encode
+    given: dict,   # arguments that it was given and does not have
 ) -> dict:         # those that are its own, or not in the list
-    "Refuse arguments of other libraries by our names: raises TypeError."
+    "Refuse other libraries' arguments and name ours for the same: raises TypeError."
     other = FAMILIAR.keys() - signature(function).parameters.keys()
     for name in other & given.keys():
         value = given[name]
@@ -402,13 +402,13 @@ def refuse_familiar(
 WINDOW = 4096   # texts that are tokenised and sorted together
 
 class M3Encoder:
-    "Texts to dense, lexical and multi-vector embeddings."
+    "Encode texts as dense, lexical and multi-vector embeddings."
     def __init__(self,
-        model: M3Model,                    # as `M3Model.from_pretrained` gives it
+        model: M3Model,                    # a model, loaded by `M3Model.from_pretrained`
         max_length: int | None = None,     # tokens per text; None: as the checkpoint states, or 512
         batch_tokens: int | None = None,   # tokens per batch; None: 1024 on the CPU, else 16384
         device: str | torch.device | None = None,   # None: the best there is
-        dtype: torch.dtype | None = None,  # of the products; None: bf16 where the hardware is fast
+        dtype: torch.dtype | None = None,  # precision of products (None = bf16 where it is fast)
         compile: bool = False,             # use `torch.compile`: slow to start, for work on a GPU
         progress: bool = True,             # show a bar on long work
     ):
@@ -429,8 +429,8 @@ class M3Encoder:
         replace_heads: bool = False,      # start trained heads anew too
         pooling: str | None = None,       # one of `POOLINGS`; None: as the checkpoint states
         normalize: list[str] | None = None,   # steps on texts; None: as the checkpoint states
-        weights_dtype: torch.dtype = torch.float32,   # of the encoder's weights in memory
-        attn_implementation: str | None = None,       # as transformers names it; None: its own
+        weights_dtype: torch.dtype = torch.float32,   # precision of the encoder's weights in memory
+        attn_implementation: str | None = None,       # kind of attention, by transformers' name
         **kwargs,                         # parameters of `M3Encoder`
     ) -> "M3Encoder":
         "Load a checkpoint. Raises ValueError where heads are missing, or the pooling."
@@ -444,7 +444,7 @@ class M3Encoder:
 # %% ../nbs/02_encoding.ipynb #c68f5bde
 @patch
 def tokenize_counted(self: M3Encoder,
-    texts: Iterable[str],           # as for `encode`
+    texts: Iterable[str],           # texts to read, in any container that `encode` takes
     prompt: str = "",               # put before every text
     max_length: int | None = None,  # tokens of a text
 ) -> tuple[list[list[int]], int]:   # token ids of every text; how many texts were truncated
@@ -458,7 +458,7 @@ def tokenize_counted(self: M3Encoder,
 
 @patch
 def tokenize(self: M3Encoder,
-    texts: Iterable[str],           # as for `encode`
+    texts: Iterable[str],           # texts to read, in any container that `encode` takes
     prompt: str = "",               # put before every text
     max_length: int | None = None,  # tokens of a text
 ) -> list[list[int]]:
@@ -469,7 +469,7 @@ def tokenize(self: M3Encoder,
 @patch
 def make_batches(self: M3Encoder,
     ids: list[list[int]],               # token ids of each text
-    budget: TokenBudget | None = None,  # of this call; None: the encoder's own
+    budget: TokenBudget | None = None,  # limits of this call (None = the encoder's own)
 ) -> tuple[np.ndarray, list]:           # order of the texts; their ids in batches
     "Put texts into batches, longest first."
     budget = budget or TokenBudget(self.batch_tokens)
@@ -505,7 +505,7 @@ def _batch_states(self: M3Encoder,
 def run_within_memory(self: M3Encoder,
     batch: list[list[int]],   # token ids of each text
     work,                     # called with the batch, or with parts of it; returns a list
-    budget: TokenBudget,      # of this call; lowered where memory does not suffice
+    budget: TokenBudget,      # limits of this call, lowered where memory does not suffice
 ) -> list:                    # all results of `work`
     "Call `work` on a batch, in halves if memory does not suffice. Raises MemoryError."
     tokens = len(batch) * max(map(len, batch), default=0)
@@ -527,8 +527,8 @@ def run_within_memory(self: M3Encoder,
 def _run_batches(self: M3Encoder,
     batches: list,         # token ids of the texts of each batch
     work,                  # called with a batch; returns a list
-    budget: TokenBudget,   # of this call
-    bar=None,              # counts texts
+    budget: TokenBudget,   # limits of this call
+    bar=None,              # progress bar that counts texts
 ) -> list:                 # all results of `work`, in order
     "Call `work` on every batch, side by side on the CPU's cores."
     results, run = [], lambda b: self.run_within_memory(b, work, budget)
@@ -541,14 +541,14 @@ def _run_batches(self: M3Encoder,
 # %% ../nbs/02_encoding.ipynb #8f19204a
 @patch
 def encode_counted(self: M3Encoder,
-    texts: Iterable[str],        # these five as for `encode`
+    texts: Iterable[str],        # texts; this and the next four parameters are those of `encode`
     prompt: str = "",
     outputs: tuple = OUTPUTS,
     max_length: int | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,   # show a bar; None: on long work, if the encoder does
 ) -> tuple[Embeddings, int]:     # embeddings; how many texts were truncated
-    "Encode without a warning."
+    "Encode, and count the truncated texts instead of warning."
     if not outputs or set(outputs) - set(OUTPUTS):
         raise ValueError(f"outputs must be some of {OUTPUTS}, not {outputs!r}")
     texts, length = check_texts(texts), max_length or self.max_length
@@ -576,7 +576,7 @@ def encode_counted(self: M3Encoder,
 # %% ../nbs/02_encoding.ipynb #5b1e70a5
 def _encode_spans(
     encoder,                        # an `M3Encoder`
-    texts: Iterable[str],           # of any length
+    texts: Iterable[str],           # texts of any length
     granularity: str | list[str],   # one level or several
     prompt: str,                    # put before every text
     outputs: tuple | None,          # None: all
@@ -633,7 +633,7 @@ def encode(self: M3Encoder,
 # %% ../nbs/02_encoding.ipynb #5b1e70a8
 @patch
 def encode_queries(self: M3Encoder,
-    queries: str | Iterable[str], # as for `encode`
+    queries: str | Iterable[str], # one query or several, in any container that `encode` takes
     prompt: str | None = None,    # put before every query; None: the model's own
     **kwargs,                     # further parameters of `encode`
 ) -> Embeddings | np.ndarray | torch.Tensor:
@@ -643,7 +643,7 @@ def encode_queries(self: M3Encoder,
 
 @patch
 def encode_passages(self: M3Encoder,
-    passages: str | Iterable[str],   # as for `encode`
+    passages: str | Iterable[str],   # one passage or several, in any container that `encode` takes
     prompt: str | None = None,       # put before every passage; None: the model's own
     **kwargs,                        # further parameters of `encode`
 ) -> Embeddings | np.ndarray | torch.Tensor:
@@ -696,7 +696,7 @@ def words(self: M3Encoder,
 # %% ../nbs/02_encoding.ipynb #2ee00002
 @patch
 def how_to_open(self: M3Encoder,
-    path: str = "my_model",   # where the model was saved
+    path: str = "my_model",   # directory of the saved model
 ) -> str:                     # Markdown, with code for each library
     "Say how each library opens this encoder's saved model."
     return layouts.how_to_open(self.model, self.max_length, path)
@@ -720,14 +720,14 @@ def _encode_in_worker(texts, *settings):
 # %% ../nbs/02_encoding.ipynb #e8f44d9d
 class EncoderPool:
     """
-    `M3Encoder` on several devices at once, a process for each.
+    Encode on several devices at once, with an `M3Encoder` in a process for each.
     A context manager: leaving it ends the processes.
     """
     def __init__(self,
         model: M3Model,                  # reaches the processes through a temporary directory
-        devices: list[str],              # such as ["cuda:0", "cuda:1"]; CPUs share the cores
+        devices: list[str],              # names such as ["cuda:0", "cuda:1"]; CPUs share the cores
         max_length: int | None = None,   # tokens per text; None: as the checkpoint states, else 512
-        dtype: torch.dtype | None = None,   # of the products; None: what suits the first device
+        dtype: torch.dtype | None = None,   # precision of products (None = as the first device)
         progress: bool = True,           # show a bar on long work
         **settings,                      # further parameters of `M3Encoder`
     ):
@@ -764,14 +764,14 @@ _TEXTS_PER_TASK = 256   # texts that a process of the pool takes at a time
 
 @patch
 def encode_counted(self: EncoderPool,
-    texts: Iterable[str],        # these five as for `M3Encoder.encode`
+    texts: Iterable[str],        # texts; these five parameters are those of `M3Encoder.encode`
     prompt: str = "",
     outputs: tuple = OUTPUTS,
     max_length: int | None = None,
     batch_size: int | None = None,
     progress: bool | None = None,   # show a bar; None: on long work, if the pool does
 ) -> tuple[Embeddings, int]:     # embeddings; how many texts were truncated
-    "Encode without a warning. A process's error is raised here; RuntimeError if one dies."
+    "Encode, and count the truncated texts. Raises a process's own error; RuntimeError if one dies."
     texts = check_texts(texts)
     size = _TEXTS_PER_TASK
     parts = [texts[i:i + size] for i in range(0, len(texts), size)] or [[]]

@@ -136,7 +136,7 @@ def top_by_blocks(
     weights: dict[str, float],    # {mode: weight}, without weights of 0
     block: int | None = None,     # passages per block (None: 1024 with MaxSim, else 8192)
     progress: bool = False,       # show a progress bar
-    **kwargs,                     # for `all_scores`: precision of MaxSim, device of the products
+    **kwargs,                     # arguments of `all_scores`: precision of MaxSim, device
 ) -> Candidates:                  # (n_q, min(k, passages)); of equal scores the lower number first
     "Find the best passages by a weighted sum of modes. Raises ValueError on NaN and infinity."
     block, n = block or (1024 if "multi" in weights else 8192), len(queries)
@@ -452,9 +452,9 @@ def top_dense(
     queries: Embeddings,
     corpus,                             # `Embeddings` with `dense`, or an opened store
     k: int = 200,                       # passages wanted for each query
-    dtype: torch.dtype | None = None,   # of the processor's proposals; None: what it is fast at
+    dtype: torch.dtype | None = None,   # precision of the CPU's proposals (None = fastest)
     progress: bool = False,             # show a bar
-    device: str | torch.device | None = None,   # of the proposals; None: the GPU if there is one
+    device: str | torch.device | None = None,   # device of the proposals (None = a GPU if any)
 ) -> Candidates:                        # (n_q, min(k, passages)); of equals the lower number first
     "Find the best passages by dense score. Raises ValueError on NaN and on vectors of other width."
     check_not_empty(corpus)
@@ -541,7 +541,7 @@ def search_candidates(
     weights: str | dict[str, float] = {"dense": 1.},   # {mode: weight}, or a name as for `fuse`
     candidates: int = 0,         # passages per query that get MaxSim scores (0: all)
     progress: bool = True,       # show a progress bar
-    device: str | torch.device | None = None,   # of the products (None: a GPU if any)
+    device: str | torch.device | None = None,   # device of the products (None = a GPU if any)
 ) -> Candidates:
     "Find the best passages by any mode or mixture. Raises ValueError as `check_search` does."
     check_not_empty(corpus)

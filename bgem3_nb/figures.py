@@ -20,7 +20,7 @@ MODE_COLORS = {"dense": BLUE, "lexical": ORANGE, "multi": GREEN, "all": INK, "en
 def contrast(
     one: str,     # color as "#rrggbb"
     other: str,   # color as "#rrggbb"
-) -> float:       # from 1, the same light, to 21, black and white
+) -> float:       # contrast, from 1 (same brightness) to 21 (black on white)
     "Compute the contrast ratio of two colors, as WCAG defines it."
     def luminance(color):
         parts = [int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)]

@@ -93,7 +93,7 @@ def encode(self:BGEM3FlagModel,
 @patch
 def parts_of(self:BGEM3FlagModel,
     found: Embeddings,   # embeddings to convert
-) -> dict:               # as `encode` returns
+) -> dict:               # dict in the form of `encode`
     "Convert embeddings to FlagEmbedding's form."
     dense, lexical, multi = found.dense, None, None
     if dense is not None and self.truncate_dim:

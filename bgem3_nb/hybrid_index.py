@@ -38,10 +38,10 @@ from .scoring import check_model, explain, Explanation, named_weights
 
 # %% ../nbs/34_hybrid_index.ipynb #eeeb4854
 class IndexProblem(ValueError):
-    "An index that cannot be used as asked; the message is the reason and what to do."
+    "Report an index that cannot be used as asked; the message says why, and what to do."
 
 def _package(
-    name: str,   # of a module of the extra `index`
+    name: str,   # name of a module of the extra `index`
 ):
     "Import a module of the extra `index`. Raises ImportError that says how to install it."
     try: return import_module(name)
@@ -69,7 +69,7 @@ def engine_errors(
 
 # %% ../nbs/34_hybrid_index.ipynb #70b8dd2d
 class EmbeddedEngine:
-    "Qdrant Edge: the engine in this process, its files in a directory."
+    "Run Qdrant Edge, an engine in this process with its files in a directory."
     def __init__(self,
         path: Path,   # directory of the index
     ):
@@ -114,7 +114,7 @@ _ROOM = 64e6    # bytes that the engine's files may grow by beside what is writt
 def check_room(self: EmbeddedEngine,
     needed: float,   # bytes
 ):
-    "Raises IndexProblem where the disk has too little room for a write."
+    "Check the room on the disk. Raises IndexProblem where it is too little for a write."
     there = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if free < needed + _ROOM:
@@ -154,7 +154,7 @@ def create(self: EmbeddedEngine, settings: dict):
     points = self.path/_POINTS
     if (points/"edge_config.json").exists(): shutil.rmtree(points)   # made, but not finished
     if self.path.is_file() or self.path.is_dir() and any(self.path.iterdir()):
-        raise IndexProblem(f"{self.path}: there is something else here, which is no index; "
+        raise IndexProblem(f"{self.path}: there is something else here than an index; "
                            "give another path")
     self.check_room(0)
     points.mkdir(parents=True)
@@ -273,9 +273,9 @@ def search(self: EmbeddedEngine,
 
 # %% ../nbs/34_hybrid_index.ipynb #5426ef6b
 class ServerEngine:
-    "A collection of a Qdrant server."
+    "Use a collection of a Qdrant server."
     def __init__(self,
-        server,            # its address, or a `QdrantClient`
+        server,            # address of the server, or a `QdrantClient`
         collection: str,   # name of the collection
     ):
         client, self.api = _package("qdrant_client"), _package("qdrant_client.models")
@@ -397,7 +397,7 @@ def facet(self: ServerEngine, field: str, condition, limit: int) -> dict:
 
 @patch
 def search(self: ServerEngine,
-    vectors: dict,      # these as for `EmbeddedEngine.search`
+    vectors: dict,      # mode → vector; all four are those of `EmbeddedEngine.search`
     first: list[str],
     weights: dict,
     fusion: str,
@@ -423,7 +423,7 @@ def search(self: ServerEngine,
 
 def open_engine(
     place,               # a directory, the address of a server, or a `QdrantClient`
-    collection: str,     # on a server
+    collection: str,     # name of the collection, on a server
 ) -> EmbeddedEngine | ServerEngine:
     "Choose the engine for a place."
     if isinstance(place, Path): return EmbeddedEngine(place)
@@ -435,7 +435,7 @@ def open_engine(
 _BOUNDS = {"gt", "gte", "lt", "lte"}
 
 def _any_of(engine, conditions: list):
-    "One of the conditions; of none of them, what no point fulfils."
+    "Require one of the conditions; without any, no point fulfils the result."
     return engine.group(should=conditions) if conditions else engine.among([])
 
 def _plain(value):
@@ -446,9 +446,9 @@ def _plain(value):
 
 def _field_condition(
     engine, field: str,
-    value,           # as in the table above
+    value,           # value of a filter, as in the table above
 ):
-    "The condition on one field. Raises IndexProblem for a value that no condition can have."
+    "Translate the condition on one field. Raises IndexProblem for a value that is none of these."
     value = _plain(value)
     if value is None: return engine.empty(field)
     if isinstance(value, Mapping):
@@ -468,7 +468,7 @@ def _field_condition(
 
 def where_condition(
     engine,
-    where: Mapping | None,   # as in the table above; None: all
+    where: Mapping | None,   # filter, as in the table above (None = all)
 ) -> list:                   # conditions, all to be fulfilled
     "Translate a filter for an engine."
     where = dict(where or {})
@@ -494,9 +494,9 @@ def valid_condition(
 # %% ../nbs/34_hybrid_index.ipynb #09b2080c
 @dataclass(frozen=True)
 class Access:
-    "The levels of an index, and which payload fields hold them."
+    "Declare the levels of an index, and which payload fields hold them."
     levels: tuple[str, ...]              # all there are
-    by_department: tuple[str, ...] = ()  # of them, those seen by the chunk's own department alone
+    by_department: tuple[str, ...] = ()  # levels that only the chunk's own department sees
     level_field: str = "access_level"
     department_field: str = "department"
 
@@ -509,7 +509,7 @@ class Access:
 
 @dataclass(frozen=True)
 class Principal:
-    "Who asks: the levels and departments that somebody is cleared for."
+    "Describe who asks: the levels and departments that somebody is cleared for."
     levels: frozenset[str]
     departments: frozenset[str] = frozenset()
 
@@ -546,7 +546,7 @@ OWN_FIELDS = ("id", "document_id", "text", "encoded", "text_hash", "payload_hash
 
 @dataclass
 class Entry:
-    "What the index knows of one chunk before it is encoded."
+    "Hold what the index knows of one chunk before it is encoded."
     id: str
     document_id: str
     text: str        # what is shown
@@ -557,7 +557,7 @@ class Entry:
     def point(self) -> str: return point_id(self.id)
 
     def full(self) -> dict:
-        "The whole payload, with the hashes that tell what has changed."
+        "Return the whole payload, with the hashes that tell what has changed."
         own = {"id": self.id, "document_id": self.document_id, "text": self.text}
         if self.encoded != self.text: own["encoded"] = self.encoded
         rest = _hash(json.dumps({**own, **self.payload}, sort_keys=True, ensure_ascii=False))
@@ -568,7 +568,7 @@ def _hash(text: str) -> str:
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 def point_id(
-    id: str,    # of a chunk
+    id: str,    # id of a chunk
 ) -> str:
     "Make the engine's id of a chunk, a UUID."
     return str(uuid5(NAMESPACE_URL, f"bgem3_nb:{id}"))
@@ -576,7 +576,7 @@ def point_id(
 # %% ../nbs/34_hybrid_index.ipynb #ffdbdd91
 def make_entry(
     item,              # a `Chunk`, a mapping with `id` and `text`, or an `Entry`
-    number: int = 0,   # its place in the input, for messages
+    number: int = 0,   # place in the input, for error messages
 ) -> Entry:
     "Read one item. Raises IndexProblem naming the item and the field that is wrong."
     if isinstance(item, Entry): return item
@@ -602,7 +602,7 @@ def make_entry(
 
 def _items(
     items: Iterable,             # documents, chunks or rows
-    tokenizer, chunking: dict,   # for documents
+    tokenizer, chunking: dict,   # both for documents
 ) -> Iterator[tuple]:            # (item, whether all chunks of its document are given)
     "Cut documents into chunks, and pass on everything else."
     for item in items:
@@ -613,7 +613,7 @@ def _items(
 
 # %% ../nbs/34_hybrid_index.ipynb #95126436
 def _is_day(value) -> bool:
-    "Whether a value is a date or a time in ISO form."
+    "Tell whether a value is a date or a time in ISO form."
     try: return isinstance(value, str) and bool(datetime.fromisoformat(value))
     except ValueError: return False
 
@@ -626,7 +626,7 @@ def check_payload(
     fields: dict[str, str],    # field → one of `FIELD_TYPES`
     access: Access | None,
 ):
-    "Raises IndexProblem naming the chunk, the field and the type it should have."
+    "Check a payload. Raises IndexProblem with the chunk, the field and the type it should have."
     try: json.dumps(e.payload, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise IndexProblem(f"chunk {e.id}: the payload is no JSON ({error}); "
@@ -645,13 +645,13 @@ _FORMAT = 1
 _SINCE = {"multi_tokens": 0, "quantization": {}}    # of indexes that were made before these
 
 class HybridIndex:
-    "A searchable index of chunks. Raises IndexProblem where it cannot be opened as asked."
+    "Search an index of chunks. Raises IndexProblem where it cannot be opened as asked."
     def __init__(self,
         place,                             # a directory, the address of a server, a `QdrantClient`
-        encoder: M3Encoder | None = None,  # of its model; None: only reads that need no model
-        collection: str = "chunks",        # on a server
+        encoder: M3Encoder | None = None,  # encoder of its model (None = only reads without one)
+        collection: str = "chunks",        # name of the collection, on a server
         create: bool = True,               # make it where there is none
-        **settings,                        # for a new index, see `_new_settings`
+        **settings,                        # settings of a new index, see `_new_settings`
     ):
         self.encoder, self.engine = encoder, open_engine(place, collection)
         kept = self.engine.read_settings()
@@ -666,13 +666,13 @@ class HybridIndex:
 
     @property
     def access(self) -> Access | None:
-        "The levels it declares."
+        "Return the levels that the index declares."
         kept = self.settings["access"]
         return None if kept is None else Access(**kept)
 
     @property
     def model(self) -> dict:
-        "What tells its model from others, as `model_marks` gives it."
+        "Return the marks that tell its model from others, from `model_marks`."
         return self.settings["model"]
 
     def close(self):
@@ -683,9 +683,9 @@ class HybridIndex:
 
 # %% ../nbs/34_hybrid_index.ipynb #c41e0a02
 def _check_vectors(
-    outputs: tuple, multi_tokens: int, quantization: dict,   # as for `_new_settings`
+    outputs: tuple, multi_tokens: int, quantization: dict,   # three settings of `_new_settings`
 ):
-    "Raises IndexProblem naming a setting of the vectors that is not possible."
+    "Check the settings of the vectors. Raises IndexProblem naming one that is not possible."
     if not set(outputs) & {"dense", "lexical"} or set(outputs) - set(OUTPUTS):
         raise IndexProblem(f"outputs must be some of {', '.join(OUTPUTS)}, dense or lexical among "
                            f"them, which find the candidates; not {outputs!r}")
@@ -704,13 +704,13 @@ def _new_settings(
     fields: dict[str, str] | None = None,   # payload field → one of `FIELD_TYPES`
     access: Access | None = None,           # None: everybody sees everything
     chunking: dict | None = None,           # how documents are cut, as for `chunk_document`
-    weights: str | dict = "",               # of a search ("" = the paper's)
+    weights: str | dict = "",               # weights of a search ("" = the paper's)
     max_length: int | None = None,          # tokens after which a text is truncated
     model_name: str = "embedded",           # what to load for a search, for `bgem3-search`
     multi_tokens: int = 0,                  # most multi-vectors of a chunk (0 = all)
     quantization: dict[str, str] | None = None,   # "dense" or "multi" → "scalar" or "binary"
 ) -> dict:
-    "The settings of a new index. Raises IndexProblem naming one that is not possible."
+    "Complete the settings of a new index. Raises IndexProblem naming one that is not possible."
     _check_vectors(outputs, multi_tokens, quantization or {})
     for name, kind in (fields or {}).items():
         if kind not in FIELD_TYPES: raise IndexProblem(
@@ -740,7 +740,7 @@ def _differences(name: str, old, new) -> list[str]:
 
 @patch
 def _compare(self: HybridIndex, given: dict):
-    "Raises IndexProblem naming every setting that is not the one the index was made with."
+    "Compare settings with the index's own. Raises IndexProblem naming those that differ."
     kept, differ = self.settings, []
     if kept.get("format") != _FORMAT:
         raise IndexProblem(f"{self.engine.place}: not an index of format {_FORMAT}; build it anew")
@@ -752,25 +752,25 @@ def _compare(self: HybridIndex, given: dict):
         for name, new in parts.items(): differ += _differences(name, kept[name], new)
     if differ:
         raise IndexProblem(f"{self.engine.place}: this index was made with {'; '.join(differ)}. "
-                           "Open it with what it was made with, or build another beside it")
+                           "Open it with these settings, or build another index")
 
 # %% ../nbs/34_hybrid_index.ipynb #6462ce7e
 @dataclass
 class Written:
-    "What a writing has done, in chunks."
-    encoded: int = 0        # new, or with another text
-    payloads: int = 0       # with another payload and the same text
+    "Count what a writing has done, in chunks."
+    encoded: int = 0        # chunks that are new, or have another text
+    payloads: int = 0       # chunks with another payload and the same text
     unchanged: int = 0
-    removed: int = 0        # of documents that no longer have them
-    truncated: int = 0      # longer than the index reads
-    unseen: int = 0         # without a declared level: nobody sees them
+    removed: int = 0        # chunks that their documents no longer have
+    truncated: int = 0      # chunks longer than the index reads
+    unseen: int = 0         # chunks without a declared level: nobody sees them
 
     def __add__(self, other):
         return Written(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
 @patch
 def _encode(self: HybridIndex, entries: list[Entry]) -> tuple[list, int]:
-    "The points of entries, and how many were truncated. Raises IndexProblem for NaN."
+    "Encode entries as points, and count the truncated. Raises IndexProblem for NaN."
     e, cut = self._embed([x.encoded for x in entries])
     points = []
     for n, entry in enumerate(entries):
@@ -783,9 +783,9 @@ def _encode(self: HybridIndex, entries: list[Entry]) -> tuple[list, int]:
 
 def _vectors(
     e: Embeddings,
-    n: int,           # which text
+    n: int,           # number of the text
 ) -> dict:            # mode → list of numbers, (ids, weights), list of lists; empty ones left out
-    "One text's vectors as an engine takes them."
+    "Return one text's vectors as an engine takes them."
     found = {}
     if e.dense is not None: found["dense"] = e.dense[n].tolist()
     if e.lexical is not None and (row := e.lexical[[n]]).nnz:
@@ -866,7 +866,7 @@ def _remove(self: HybridIndex, document: str, kept: list[str]) -> int:
 
 @patch
 def upsert(self: HybridIndex,
-    items: Iterable,           # as for `upsert_batches`
+    items: Iterable,           # documents, chunks or rows, as in `upsert_batches`
     progress: bool = False,    # show a bar
     **kwargs,                  # `batch` and `whole_documents`, as for `upsert_batches`
 ) -> Written:
@@ -892,7 +892,7 @@ def delete(self: HybridIndex,
 # %% ../nbs/34_hybrid_index.ipynb #46bd1a38
 @patch
 def _condition(self: HybridIndex, principal, where=None, valid_on=None, points=None):
-    "The condition of a read. Raises IndexProblem without a principal where levels are declared."
+    "Combine the conditions of a read. Raises IndexProblem where a principal is missing."
     access, engine = self.access, self.engine
     if access is not None and not isinstance(principal, Principal):
         raise IndexProblem("this index declares access levels; name who asks: "
@@ -908,7 +908,7 @@ def _condition(self: HybridIndex, principal, where=None, valid_on=None, points=N
 
 @dataclass
 class Hit:
-    "A chunk that was found."
+    "Hold a chunk that was found."
     id: str
     document_id: str
     score: float
@@ -916,7 +916,7 @@ class Hit:
     payload: dict = field(repr=False)   # everything else that is known about it
 
 class Hits(list):
-    "Hits, best first."
+    "List hits, best first."
     no_answer: bool = False    # the best is below the fitted threshold: do not answer from these
     reranked: bool = False     # a reranker has put them in order
 
@@ -942,7 +942,7 @@ def encode_query(self: HybridIndex,
 
 @patch
 def _plan(self: HybridIndex, query, weights) -> tuple[dict, list, dict]:
-    "The query's vectors, the modes that find candidates, and the engine's weights."
+    "Choose the query's vectors, the modes that find candidates, and the engine's weights."
     weights = {m: w for m, w in named_weights(weights or self.settings["weights"]).items() if w}
     if not weights or set(weights) - set(self.settings["outputs"]):
         raise IndexProblem(f"weights must be for some of {', '.join(self.settings['outputs'])}, "
@@ -997,7 +997,7 @@ def search(self: HybridIndex,
 
 # %% ../nbs/34_hybrid_index.ipynb #d245e74c
 def _documents(page, k: int, offset: int, most: int) -> list[Hit]:
-    "The best chunk of each document: more chunks are fetched until there are enough documents."
+    "Find the best chunk of each document: fetch more chunks until there are enough documents."
     limit = min(most, 4 * (offset + k))
     while True:
         found, best = page(limit, 0), {}
@@ -1008,7 +1008,7 @@ def _documents(page, k: int, offset: int, most: int) -> list[Hit]:
 
 # %% ../nbs/34_hybrid_index.ipynb #c41e0a07
 def _check_reranking(query, last: int, depth: int, candidates: int):
-    "Raises IndexProblem where hits cannot be reranked as asked."
+    "Check a reranking. Raises IndexProblem where hits cannot be reranked as asked."
     if not isinstance(query, str):
         raise IndexProblem("a reranker reads texts; give the query as text, not as embeddings")
     if not last <= depth <= candidates:
@@ -1016,10 +1016,10 @@ def _check_reranking(query, last: int, depth: int, candidates: int):
                            f"most candidates ({candidates})")
 
 def _rerank(
-    hits: Hits,              # of the search, best first
+    hits: Hits,              # hits of the search, best first
     query: str,
     texts: dict[str, str],   # id of a chunk → what the model read
-    reranker,                # with `scores`, as `Reranker` has them
+    reranker,                # an object with the method `scores` of `Reranker`
     offset: int, k: int,     # the page
 ) -> Hits:
     "Sort the hits by a reranker's scores; those of a query without all scores stay as they were."
@@ -1043,7 +1043,7 @@ def count(self: HybridIndex, principal: Principal | None = None, where=None, val
 @patch
 def facets(self: HybridIndex,
     field: str,            # a declared field of text, whole numbers or truth values
-    principal: Principal | None = None, where=None, valid_on=None,   # as for `search`
+    principal: Principal | None = None, where=None, valid_on=None,   # parameters of `search`
     limit: int = 20,       # most values
 ) -> dict:                 # value → number of chunks, most frequent first
     "Count the chunks by the values of a field. Raises IndexProblem for a field not declared."
@@ -1055,7 +1055,7 @@ def facets(self: HybridIndex,
 @patch
 def chunks(self: HybridIndex,
     ids: Iterable[str] | None = None,   # None: all
-    principal: Principal | None = None, where=None, valid_on=None,   # as for `search`
+    principal: Principal | None = None, where=None, valid_on=None,   # parameters of `search`
 ) -> Iterator[Hit]:
     "Go through chunks, in no order; their score is 0."
     points = None if ids is None else [point_id(i) for i in ids]
@@ -1065,13 +1065,13 @@ def chunks(self: HybridIndex,
 # %% ../nbs/34_hybrid_index.ipynb #d62bcae5
 @dataclass
 class Why:
-    "Why a chunk has its score."
+    "Explain why a chunk has its score."
     hit: Hit
     weights: dict[str, float]     # mode → weight
     explanation: Explanation      # tokens, terms and scores by mode
 
     def lines(self, terms: int = 5) -> list[str]:
-        "Say it in words."
+        "Say the explanation in words."
         e = self.explanation
         parts = [f"{w:.2g} × {m} {e.scores[m]:.3f}" for m, w in self.weights.items()]
         shared = [f"{t.text} {t.share:.0%}" for t in e.terms[:terms]]
@@ -1085,9 +1085,9 @@ class Why:
 @patch
 def explain(self: HybridIndex,
     query: str,
-    id: str,                              # of the chunk
-    principal: Principal | None = None,   # as for `search`
-    weights: str | dict | None = None,    # as for `search`
+    id: str,                              # id of the chunk
+    principal: Principal | None = None,   # who asks, as in `search`
+    weights: str | dict | None = None,    # weights of the modes, as in `search`
 ) -> Why:
     "Explain a score. Raises IndexProblem for a chunk that is not there, or not to be seen."
     found = list(self.engine.scroll(self._condition(principal, points=[point_id(id)])))
@@ -1103,7 +1103,7 @@ def explain(self: HybridIndex,
 # %% ../nbs/34_hybrid_index.ipynb #9d690dbd
 @dataclass(frozen=True)
 class NoAnswer:
-    "A threshold below which the best score means: no answer."
+    "Hold a threshold: a best score below it means that there is no answer."
     threshold: float
     precision: float    # share of its verdicts "no answer" that are right
     recall: float       # share of the questions without an answer that get this verdict
@@ -1111,7 +1111,7 @@ class NoAnswer:
 
 def judge_no_answer(
     answered: np.ndarray,     # best score of each question with an answer; -inf without a hit
-    unanswered: np.ndarray,   # of each question without one
+    unanswered: np.ndarray,   # best score of each question without an answer
     threshold: float,
 ) -> NoAnswer:
     "Measure a threshold."
@@ -1120,7 +1120,7 @@ def judge_no_answer(
                     float(right / len(unanswered)), float(wrong / len(answered)))
 
 def fit_no_answer(
-    answered: np.ndarray, unanswered: np.ndarray,   # as for `judge_no_answer`
+    answered: np.ndarray, unanswered: np.ndarray,   # best scores, as in `judge_no_answer`
 ) -> NoAnswer:
     "Find the threshold that tells the two kinds apart best; of equal ones the lowest."
     answered, unanswered = np.asarray(answered, float), np.asarray(unanswered, float)
@@ -1134,7 +1134,7 @@ def fit_no_answer(
 
 @patch
 def keep(self: HybridIndex,
-    weights: str | dict | None = None,   # of every search from now on
+    weights: str | dict | None = None,   # weights of every search from now on
     no_answer: float | None = None,      # threshold fitted with them
 ):
     "Store fitted weights or a fitted threshold in the index."
@@ -1146,7 +1146,7 @@ def keep(self: HybridIndex,
 
 # %% ../nbs/34_hybrid_index.ipynb #a75c1760
 def _parser() -> argparse.ArgumentParser:
-    "The command line of `bgem3-search`."
+    "Run `bgem3-search`."
     p = argparse.ArgumentParser(prog="bgem3-search", description="Search a hybrid index.")
     p.add_argument("index", help="directory of an index, or the address of a server")
     p.add_argument("question")

@@ -59,7 +59,7 @@ def search_deeper(
     known: list[set[int]],     # positives of each query, from `known_positives`
     weights: str | dict[str, float] = {"dense": 1.},   # mode weights, as for `search_candidates`
     candidates: int = 0,       # candidates per query before rescoring, as for `search_candidates`
-    device: str | torch.device | None = None,   # as for `search_candidates`
+    device: str | torch.device | None = None,   # device of the search, as in `search_candidates`
 ) -> Candidates:               # `found`, with as many columns as before
     "Search deeper for queries with more than `_POSITIVES_ABOVE` known positives."
     def search(i, k):
@@ -186,7 +186,7 @@ def corpus_set(
     rows: Dataset,                       # training rows
     passages: list[str] | None = None,   # the corpus (None: the passages of the rows)
     passage_ids: list[str] | None = None,  # ids of the passages (None: numbers)
-    missing: str = "error",   # for positives that are not in the corpus: "error" or "add" them
+    missing: str = "error",   # what to do with positives outside the corpus: "error", "add"
 ) -> RetrievalSet:
     "Collect the distinct queries, the corpus, and all places of each positive in the corpus."
     if missing not in ("error", "add"):
@@ -495,7 +495,7 @@ def _check_sizes(found, known, queries, passages, wanted):
 # %% ../nbs/31_mining.ipynb #31a0de20
 def _within_quotas(
     alive: pd.DataFrame,   # pairs in the order in which they are taken
-    sources: list[str] | None, quotas: dict[str, int] | int,   # as for `take_negatives`
+    sources: list[str] | None, quotas: dict[str, int] | int,   # parameters of `take_negatives`
 ) -> np.ndarray:           # (pairs,) bool
     "Mark the pairs within the quota of their source. Raises ValueError if a source is unknown."
     if sources is None: raise ValueError("quotas need the source of every passage; give sources")
@@ -618,7 +618,7 @@ def mine_hard_negatives(
     denoise: Callable[[SampledPairs, RetrievalSet, Embeddings, Embeddings], None] | None = None,
                                          # function that gives false negatives a `reason`
     progress: bool = True,               # show progress bars
-    device: str | torch.device | None = None,   # of the search (None: the GPU if there is one)
+    device: str | torch.device | None = None,   # device of the search (None = a GPU if any)
     **settings,                          # further arguments of `sample_pairs`
 ) -> tuple[Dataset, dict]:               # rows with negatives; counts
     "Mine hard negatives: encode, search, sample, denoise and take."

@@ -32,7 +32,7 @@ def _find_file(
     name_or_path: str | Path,  # directory or hub name
     file: str,                 # a file of the checkpoint, such as "sparse_linear.pt"
 ) -> Path | None:              # None where the checkpoint has no such file
-    "Find a file of a checkpoint on this machine; from the hub it is fetched first."
+    "Find a file of a checkpoint on this machine, fetched from the hub where needed."
     if Path(name_or_path).is_dir():
         return f if (f := Path(name_or_path)/file).is_file() else None
     from transformers.utils import cached_file
@@ -43,8 +43,8 @@ def _find_file(
 def _read_settings(
     name_or_path: str | Path,  # directory or hub name
     file: str,                 # a JSON file of the checkpoint, such as "modules.json"
-    kind: type = dict,         # what it must hold
-):                             # its content; None where the checkpoint has no such file
+    kind: type = dict,         # type of its content
+):                             # content of the file (None = there is no such file)
     "Read settings. Raises ValueError, naming the file, where they are not of this kind."
     if (found := _find_file(name_or_path, file)) is None: return None
     check_lfs_pointer(found)
@@ -65,7 +65,7 @@ MULTI_FILE, DENSE_HEAD = "colbert_linear.pt", "dense_head.safetensors"
 
 @dataclass
 class M3Config:
-    "How a checkpoint's hidden states are to be read; saved beside the weights as `bgem3_nb.json`."
+    "Describe how a checkpoint's hidden states become outputs; saved as `bgem3_nb.json`."
     pooling: str = "cls"      # dense vector from the hidden states: one of `POOLINGS`
     multi_dim: int = 0        # width of the multi-vectors; 0 means the encoder's own width
     lexical: str = "terms"    # weights for the text's own terms, or "expansion" to related ones too
@@ -119,9 +119,9 @@ def load(cls: M3Config,
 
 # %% ../nbs/01_model.ipynb #a1c0de12
 class _SentenceModule(NamedTuple):
-    "A module of a sentence-transformers checkpoint."
+    "Describe one module of a sentence-transformers checkpoint."
     kind: str       # name of its class, such as "Pooling"
-    folder: str     # its directory in the checkpoint; "" for the checkpoint's own
+    folder: str     # directory of the module in the checkpoint ("" = the checkpoint's own)
     settings: dict  # content of its config.json
 
 def _read_modules(
@@ -144,9 +144,9 @@ _SENTENCE_POOLINGS = {   # their name to ours; at length 1, both means are the s
     "weightedmean": "weightedmean", "max": "max"}
 
 def _sentence_pooling(
-    name_or_path: str | Path,   # for messages
+    name_or_path: str | Path,   # directory or hub name, for error messages
     pooling: _SentenceModule,   # the checkpoint's module "Pooling"
-) -> str:                       # as `M3Config` names it
+) -> str:                       # the pooling under `M3Config`'s name for it
     "Read the pooling of a sentence-transformers checkpoint. Raises ValueError on any other mode."
     flag, s = "pooling_mode_", pooling.settings
     flags = [re.sub("_tokens?$", "", k.removeprefix(flag)) for k, v in s.items()
@@ -164,8 +164,8 @@ _MODULE_LETTERS = {"Transformer": "T", "Pooling": "P", "Dense": "D", "LayerNorm"
                    "Normalize": "N", "Dropout": ""}
 
 def _check_modules(
-    name_or_path: str | Path,         # for messages
-    modules: list[_SentenceModule],   # of a sentence-transformers checkpoint
+    name_or_path: str | Path,         # directory or hub name, for error messages
+    modules: list[_SentenceModule],   # modules of the checkpoint, in their order
     similarity: str | None,           # how the checkpoint compares vectors: "cosine", "dot" …
 ):
     "Raise ValueError, naming the module, where the model cannot give the checkpoint's vectors."
@@ -221,7 +221,7 @@ _SENTENCE_FILES = tuple(f"sentence_{name}_config.json" for name in (
 
 def _sentence_length(
     name_or_path: str | Path,   # directory or hub name
-    folder: str,                # of the encoder in it, with a slash; "" for the checkpoint's own
+    folder: str,                # directory of the encoder, with a slash ("" = the checkpoint's own)
 ) -> int:                       # tokens; 0: not stated
     "Read where a sentence-transformers checkpoint truncates. Raises ValueError on lower case."
     files = (_read_settings(name_or_path, folder + f) for f in _SENTENCE_FILES)
@@ -281,7 +281,7 @@ def write_tensors(
     replace_file(Path(path), serialize(tensors, metadata={"about": json.dumps(about)}))
 
 def read_tensors(
-    path: str | Path,       # as `write_tensors` wrote it
+    path: str | Path,       # a file that `write_tensors` wrote
 ) -> tuple[dict, dict]:     # tensors, plain values
     "Read such a file. Raises ValueError naming one that is missing or damaged."
     try:
@@ -329,7 +329,7 @@ def _largest_terms(
 
 # %% ../nbs/01_model.ipynb #bbbda633
 class ExpansionHead(nn.Module):
-    "Lexical weights for own and related terms, through the embedding table (SPLADE, section 3)."
+    "Weigh own and related terms through the embedding table (SPLADE, section 3)."
     def __init__(self,
         d: int,                     # width of the hidden states
         vocabulary: torch.Tensor,   # (m,) ids of the terms that may get a weight
@@ -362,7 +362,7 @@ class ExpansionHead(nn.Module):
 # %% ../nbs/01_model.ipynb #571c869a
 @dataclass
 class M3Output:
-    "What one forward pass gives; outputs that were not asked for are None."
+    "Hold the outputs of one forward pass; those that were not requested are None."
     dense: torch.Tensor | None = None    # (b, d), L2-normalised
     lexical: torch.Tensor | None = None  # (b, n) weights >= 0, 0 on special tokens; or (b, terms)
     # (b, n-1, d_multi), n where no special token is first; L2-normalised, zero rows on padding
@@ -372,7 +372,7 @@ class M3Output:
 
 # %% ../nbs/01_model.ipynb #f83cb5ee
 class ProjectionHead(nn.Module):
-    "A map of dense vectors. Raises ValueError on impossible widths."
+    "Project dense vectors to another width. Raises ValueError on impossible widths."
     def __init__(self,
         d_in: int,                 # width of the encoder's dense vectors
         d_out: int,                # width of the new ones
@@ -395,7 +395,7 @@ class ProjectionHead(nn.Module):
 
     @property
     def settings(self) -> dict:
-        "The arguments that make such a head."
+        "Return the arguments that make such a head."
         return {"d_in": self.linear.in_features, "d_out": self.linear.out_features,
                 "bias": self.linear.bias is not None, "layer_norm": self.norm is not None,
                 "activation": type(self.activation).__name__, "unit_input": self.unit_input}
@@ -420,17 +420,17 @@ def contributions(self: ProjectionHead,
 
 @patch(as_prop=True)
 def is_linear(self: ProjectionHead) -> bool:
-    "Whether a projection is the sum of `contributions`."
+    "Tell whether a projection is the sum of `contributions`."
     return self.unit_input and isinstance(self.activation, nn.Identity)
 
 # %% ../nbs/01_model.ipynb #27eda99d
 OUTPUTS = ("dense", "lexical", "multi")
 
 class _M3Heads(nn.Module):
-    "BGE-M3's dense, lexical and multi-vector heads (paper, section 3.2), and their encoder."
+    "Combine an encoder with BGE-M3's dense, lexical and multi-vector heads (paper, section 3.2)."
     def __init__(self,
         encoder: nn.Module,   # any encoder with `last_hidden_state`; `load_backbone` gives one
-        tokenizer,            # its tokenizer; the special tokens' lexical weight is always 0
+        tokenizer,            # the encoder's tokenizer; special tokens have lexical weight 0
         config: M3Config,     # pooling, width of the multi-vectors, prompts
     ):
         super().__init__()
@@ -480,7 +480,7 @@ def move_padding(
 
 # %% ../nbs/01_model.ipynb #5089fdfd
 class M3Model(_M3Heads):
-    "A Hugging Face encoder with BGE-M3's dense, lexical and multi-vector heads."
+    "Put BGE-M3's dense, lexical and multi-vector heads on a Hugging Face encoder."
     started_heads = ()   # those of "lexical_head" and "multi_head" that loading started anew
 
     def forward(self,
@@ -512,7 +512,7 @@ class M3Model(_M3Heads):
         save_model(self, path)
 
     def gradient_checkpointing_enable(self,
-        gradient_checkpointing_kwargs: dict | None = None,   # for `torch.utils.checkpoint`
+        gradient_checkpointing_kwargs: dict | None = None,   # arguments of `torch.utils.checkpoint`
         **more,                                 # what else the version of transformers passes on
     ):
         "Compute activations again in the backward pass. Raises ValueError on the reentrant form."
@@ -526,7 +526,7 @@ class M3Model(_M3Heads):
 NEW_HEADS = ("identity", "random")
 
 def init_heads(
-    model: M3Model,               # its two linear heads are overwritten
+    model: M3Model,               # a model whose two linear heads are overwritten
     new_heads: str = "identity",  # start of the multi-vector head: "identity" or "random"
     seed: int = 0,                # random seed
 ):
@@ -547,13 +547,13 @@ def init_heads(
 
 # %% ../nbs/01_model.ipynb #1d0c4173
 def _head_files(
-    config: M3Config,   # of the checkpoint
+    config: M3Config,   # settings of the checkpoint
 ) -> dict[str, str]:    # name of the head in `M3Model` to name of its file
     "Name the heads' files. The reference knows the first kind of lexical head only."
     return {"lexical_head": LEXICAL_FILES[config.lexical], "multi_head": MULTI_FILE}
 
 def save_model(
-    model: M3Model,     # its weights are saved in the precision they have
+    model: M3Model,     # the model, saved in the precision that it has
     path: str | Path,   # directory
 ):
     "Save a model with its tokenizer in BGE-M3's layout, and for the readers of other libraries."
@@ -576,7 +576,7 @@ def save_model(
 def _read_head(
     name_or_path: str | Path,  # directory or hub name
     file: str,                 # the head's file
-) -> dict | None:              # its state; None where there is no such file
+) -> dict | None:              # state of the head (None = there is no such file)
     "Read the saved state of a head. Raises ValueError if the file does not hold one."
     if (found := _find_file(name_or_path, file)) is None: return None
     check_lfs_pointer(found)
@@ -592,7 +592,7 @@ def _read_head(
 
 # %% ../nbs/01_model.ipynb #7b7c0eca
 def load_heads(
-    model: M3Model,               # its heads are filled
+    model: M3Model,               # a model whose heads are filled
     name_or_path: str | Path,     # directory or hub name
     new_heads: str = "",          # start of the heads that are missing; "" refuses to start any
     seed: int = 0,                # random seed of new heads
@@ -651,8 +651,8 @@ def _module_weights(
 
 def _one_map(
     maps: list[dict],   # weights of Dense modules, in their order
-) -> dict:              # of one that does the same
-    "Multiply the matrices of linear maps that follow each other."
+) -> dict:              # weights of the one Dense that does the same
+    "Multiply linear maps that follow each other into one."
     weight = maps[0]["linear.weight"].double()
     bias = maps[0].get("linear.bias", weight.new_zeros(len(weight))).double()
     for m in maps[1:]:
@@ -664,7 +664,7 @@ def _one_map(
 # %% ../nbs/01_model.ipynb #01b00002
 def _sentence_projection(
     name_or_path: str | Path,         # directory or hub name
-    modules: list[_SentenceModule],   # as `_check_modules` allows them
+    modules: list[_SentenceModule],   # modules that `_check_modules` has accepted
 ) -> ProjectionHead | None:           # None where there is no module "Dense"
     "Load a sentence-transformers projection. Raises ValueError if its weights do not fit."
     maps, kinds = [m for m in modules if m.kind == "Dense"], [m.kind for m in modules]
@@ -688,7 +688,7 @@ def _sentence_projection(
 
 # %% ../nbs/01_model.ipynb #c5ff3c5b
 def max_positions(
-    encoder: nn.Module,   # of transformers
+    encoder: nn.Module,   # an encoder of transformers
 ) -> int:                 # 0 where its configuration does not say
     "Count the most tokens that an encoder takes."
     table = getattr(getattr(encoder, "embeddings", None), "position_embeddings", None)
@@ -706,7 +706,7 @@ def _trained_width(
     name_or_path: str | Path,  # directory or hub name
     d: int,                    # width of the encoder
     wanted: int | None,        # `multi_dim` as the caller gave it
-) -> int | None:               # for `M3Config.multi_dim`; None where no head is trained
+) -> int | None:               # value of `multi_dim` (None = no trained head)
     "Read the width of a trained multi-vector head. Raises ValueError if another was asked for."
     weight = (_read_head(name_or_path, MULTI_FILE) or {}).get("weight")
     if weight is None: return None
@@ -718,8 +718,8 @@ def _trained_width(
 
 # %% ../nbs/01_model.ipynb #91e10012
 def _set_stated_steps(
-    tokenizer,                  # as loaded; it is changed
-    config: M3Config,           # with the steps that are wanted
+    tokenizer,                  # the loaded tokenizer, changed in place
+    config: M3Config,           # settings with the wanted steps
     name_or_path: str | Path,   # directory or hub name of the checkpoint
 ):
     "Let a tokenizer carry the steps of the settings. Raises ValueError if it cannot."
@@ -732,13 +732,13 @@ def load_model(
     name_or_path: str | Path = "embedded",  # "embedded", a directory, or "BAAI/bge-m3" on the hub
     new_heads: str = "",                    # start of missing heads: "identity" or "random";
                                             # "" wants trained ones
-    dtype: torch.dtype = torch.float32,     # of the encoder's weights; the heads stay in fp32
-    device: str | torch.device = "cpu",     # where the model goes
+    dtype: torch.dtype = torch.float32,     # precision of the encoder; the heads stay in fp32
+    device: str | torch.device = "cpu",     # device that holds the model
     seed: int = 0,                          # random seed of new heads
     replace_heads: bool = False,            # start trained heads anew too, and print which
-    attn_implementation: str | None = None, # as transformers names it; None: its own choice
+    attn_implementation: str | None = None, # kind of attention (None = transformers' choice)
     **settings,                             # fields of `M3Config` to use instead of stated ones
-) -> M3Model:                               # in eval mode
+) -> M3Model:                               # the model in evaluation mode
     "Load a model, with its projection if any. Raises ValueError if heads are missing."
     embedded = str(name_or_path) == "embedded"
     path = str(embedded_path() if embedded else Path(name_or_path).expanduser())

@@ -18,12 +18,12 @@ from fastcore.basics import patch
 # %% ../nbs/98_packed.ipynb #766643dd
 class _PackedLinear:
     """
-    A linear layer for inference on the CPU, its weight laid out once for oneDNN;
+    Apply a linear layer on the CPU, for inference, with its weight laid out once for oneDNN;
     as it is where oneDNN does not serve.
     """
     def __init__(self,
-        *layers: torch.nn.Linear,             # of the same input; their outputs come side by side
-        dtype: torch.dtype = torch.float32,   # of inputs, weights and outputs
+        *layers: torch.nn.Linear,             # layers of the same input, outputs side by side
+        dtype: torch.dtype = torch.float32,   # precision of inputs, weights and outputs
     ):
         self.weight = torch.cat([x.weight.detach() for x in layers]).to(dtype)
         self.bias = torch.cat([x.bias.detach() for x in layers]).to(dtype)
@@ -63,11 +63,11 @@ def _attend_within_texts(
 # %% ../nbs/98_packed.ipynb #9b23fe49
 class PackedEncoder:
     """
-    A BERT, RoBERTa or XLM-R encoder on texts laid end to end: the same hidden states,
+    Run a BERT, RoBERTa or XLM-R encoder on texts laid end to end: the same hidden states,
     no padding. For inference on the CPU.
     """
     def __init__(self,
-        encoder,                              # as `load_backbone` gives it
+        encoder,                              # encoder from `load_backbone`
         dtype: torch.dtype = torch.float32,   # precision of the products
     ):
         self.encoder, self.dtype, self.seen, self.layers = encoder, dtype, None, []

@@ -90,7 +90,7 @@ def _usable(name, seen, notes):
 def choose_panel(
     seen: SeenTexts,  # texts of the training
     language: str,    # language of the training's passages
-) -> tuple[list[EvalSet], list[str]]:   # at most two whole sets; why others are not used
+) -> tuple[list[EvalSet], list[str]]:   # two whole sets at most; why others are not used
     "Choose a panel by the rule above; a set that cannot be read is skipped and noted."
     notes, names = [], {True: [], False: []}     # in the language of the training, in another
     for name, (code, *_) in CANDIDATES.items(): names[code == language].append(name)

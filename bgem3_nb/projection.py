@@ -42,7 +42,7 @@ def count_parameters(
 # %% ../nbs/16_projection.ipynb #55953b97
 @torch.no_grad()
 def start_pca(
-    head: ProjectionHead,     # its matrix is overwritten
+    head: ProjectionHead,     # head whose matrix is overwritten
     vectors: torch.Tensor,    # (n, d_in) of some passages
 ):
     "Begin at the directions that hold most of the vectors. Raises ValueError if the head is wider."
@@ -59,7 +59,7 @@ def start_pca(
 # %% ../nbs/16_projection.ipynb #5d71b667
 @dataclass
 class Examples:
-    "Training examples as places in a list of queries and a list of passages."
+    "Hold training examples as places in a list of queries and a list of passages."
     queries: list[str]       # distinct texts
     passages: list[str]      # distinct texts, positives first
     query: torch.Tensor      # (n,) place of each example's query
@@ -97,7 +97,7 @@ class Examples:
 # %% ../nbs/16_projection.ipynb #7c5a5a3a
 def _negatives_of(
     row,        # a mapping with perhaps `neg`, `neg_weights`, `neg_types`
-    number: int,  # of the row, from 1
+    number: int,  # number of the row, from 1
 ) -> tuple:     # negatives, their weights and types
     "Read a row's negatives. Raises ValueError naming a row whose lists differ in length."
     neg = row.get("neg") or []
@@ -219,7 +219,7 @@ def projection_loss(
     queries: torch.Tensor,      # (b, d') from the head, not normalised
     passages: torch.Tensor,     # (b + t, d')
     weights: torch.Tensor,      # (b, b + t)
-    temperature: float = .02,   # of the softmax
+    temperature: float = .02,   # temperature of the softmax
     dims: tuple = (),           # smaller widths that are trained too (Matryoshka)
 ) -> torch.Tensor:              # scalar, nats
     "Average the symmetric weighted InfoNCE over all widths."
@@ -233,8 +233,8 @@ def projection_loss(
 def type_report(
     queries: torch.Tensor,    # (n_queries, d') unit vectors of `data.queries`, or those that occur
     passages: torch.Tensor,   # (n_passages, d') unit vectors of `data.passages`
-    data: Examples,           # with typed negatives
-    temperature: float = .02, # of the soft error
+    data: Examples,           # examples with typed negatives
+    temperature: float = .02, # temperature of the soft error
 ) -> dict[str, dict]:         # type to "accuracy", "margin", "soft_error", "pairs"
     "Measure by type how often the positive outranks its negatives, and how far; a tie is an error."
     owner, places = data.negatives(torch.arange(len(data)))
@@ -251,7 +251,7 @@ def type_report(
 
 # %% ../nbs/16_projection.ipynb #20aa95f3
 class LearnedWeights:
-    "Feature weights that follow the validation errors of each type."
+    "Move feature weights after the validation errors of each type."
     def __init__(self,
         values: dict[str, float],   # the weight of each type to begin with
         weigh: Callable,            # (types of every negative, values) to their weights, (m,)
@@ -274,7 +274,7 @@ class LearnedWeights:
 
 # %% ../nbs/16_projection.ipynb #103507d9
 class CachedVectors(nn.Module):
-    "Vectors of all texts, computed once."
+    "Hold the vectors of all texts, computed once."
     def __init__(self,
         queries,    # (n_queries, d) unit vectors, array or tensor
         passages,   # (n_passages, d)
@@ -315,21 +315,21 @@ def best_ranks(
 # %% ../nbs/16_projection.ipynb #78bf9812
 @dataclass
 class ProjectionArguments:
-    "Settings of the training. Raises ValueError naming one that is impossible."
+    "Set up the training. Raises ValueError naming one that is impossible."
     epochs: int = 17                # passes over the examples
     batch_size: int = 64            # examples in a step
-    learning_rate: float = 3e-3     # of the head; rises over the warm-up, then falls along a cosine
-    layers_learning_rate: float = 5e-5  # of encoder layers, where some are trained
-    weight_decay: float = .01       # of AdamW
+    learning_rate: float = 3e-3     # rises over the warm-up, then falls along a cosine
+    layers_learning_rate: float = 5e-5  # learning rate of encoder layers that are trained
+    weight_decay: float = .01       # weight decay of AdamW
     warmup_steps: int = 100         # steps until the full learning rate
     gradient_clip_norm: float = 1.  # longest gradient; 0: any
-    temperature: float = .02        # of the softmax
+    temperature: float = .02        # temperature of the softmax
     use_hard_neg: bool = True       # False: in-batch negatives only
     matryoshka: tuple = ()          # smaller widths that must search too
     save_every: int = 1             # epochs between checkpoints; 0: none
     save_best: bool = True          # keep the epoch that validates best
     seed: int = 0                   # random seed of the order of the examples
-    device: str = "cpu"             # where it is computed
+    device: str = "cpu"             # device that computes
 
     def __post_init__(self):
         self.matryoshka = tuple(self.matryoshka)
@@ -353,11 +353,11 @@ class ProjectionArguments:
 
 # %% ../nbs/16_projection.ipynb #b1255fb8
 class ProjectionTrainer:
-    "AdamW over epochs of examples, validated by search, saved and resumed."
+    "Train with AdamW over epochs of examples; validate by search, save and resume."
     def __init__(self,
         head: ProjectionHead,               # the head, trained in place
         vectors: nn.Module,                 # `CachedVectors`, or `TopLayers`
-        data: Examples,                     # to train on
+        data: Examples,                     # examples to train on
         args: ProjectionArguments,          # settings
         valid: Examples | None = None,      # validated after every epoch, against all passages
         learned: LearnedWeights | None = None,  # weights that follow the validation errors
@@ -542,11 +542,11 @@ def _padded_states(
 
 # %% ../nbs/16_projection.ipynb #946ae8a0
 class TopLayers(nn.Module):
-    "Dense vectors from the encoder's last layers, trained on kept states of the layers below."
+    "Compute dense vectors from the last layers, on stored states of the layers below."
     def __init__(self,
-        model: M3Model,               # its last layers will change
+        model: M3Model,               # model whose last layers are trained
         layers: int,                  # how many
-        data: Examples,               # whose texts
+        data: Examples,               # examples whose texts are encoded
         max_length: int = 128,        # tokens after which a text is truncated
         dtype: torch.dtype | None = None,  # precision of the products; None: the fastest one
         progress: bool = False,       # show a progress bar
@@ -600,7 +600,7 @@ def run(self: TopLayers,
 
 # %% ../nbs/16_projection.ipynb #80d25af2
 class M3WithHead(M3Model):
-    "A three-headed model whose dense vector is projected. Raises ValueError if widths do not fit."
+    "Project the dense vector of a three-headed model. Raises ValueError if widths do not fit."
     def __init__(self,
         model: M3Model,           # any backbone, any pooling; its parts are shared, not copied
         head: ProjectionHead,     # put on its dense vector
@@ -653,7 +653,7 @@ def _write_sentence_files(
 
 # %% ../nbs/16_projection.ipynb #b1e40c7d
 def export_sentence_transformers(
-    model: M3Model,            # with a projection or without
+    model: M3Model,            # model with a projection or without
     path: str | Path,          # directory; an earlier export there is replaced
     max_length: int | None = None,  # tokens to truncate to; None: as in `M3Encoder`
 ):
@@ -701,12 +701,12 @@ def _misspell(
     return word[:i] + rng.choice([b + a, b, a * 2 + b]) + word[i+2:]
 
 def messy_copy(
-    text: str,                 # as somebody would write it with care
+    text: str,                 # carefully written text
     seed: int = 0,             # the same seed and text give the same result
     diacritics: float = .6,    # chance that all diacritics are left out
     short: float = .5,         # chance of each abbreviation, and of 5tr5 for 5.5 triệu
     typos: float = .1,         # chance of a typo in each word of four letters or more
-    abbreviations: dict[str, tuple] = ABBREVIATIONS,   # in small letters
+    abbreviations: dict[str, tuple] = ABBREVIATIONS,   # words → their short forms
 ) -> str:
     "Write the text as a hurried person would type it."
     rng, text = random.Random(f"{seed}/{text}"), text.lower()
@@ -738,9 +738,9 @@ def new_head(
 
 # %% ../nbs/16_projection.ipynb #16e00004
 def with_messy_copies(
-    rows: list[dict],                # with `query` and one positive each
+    rows: list[dict],                # rows with `query` and one positive each
     parts: dict[str, np.ndarray],    # places of rows, as `split_listings` gives them
-    copies: int,                     # of each training query
+    copies: int,                     # copies of each training query
     seed: int = 0,                   # random seed
 ) -> tuple[Examples,
            dict[str, np.ndarray]]:  # all examples; the parts, "train copies", "messy test"
@@ -760,7 +760,7 @@ def with_messy_copies(
 def project_all(
     head: ProjectionHead,
     vectors,                # `CachedVectors` or `TopLayers`
-    data: Examples,         # whose texts they are
+    data: Examples,         # examples that hold the texts
     queries: torch.Tensor,  # places of the queries that are asked
 ) -> tuple[torch.Tensor, torch.Tensor]:   # (n_queries, d'), zero where not asked; (n_passages, d')
     "Project the queries that are asked, and all passages."

@@ -1279,8 +1279,8 @@ def rule_queries(
     types: Iterable[str] = ("keywords", "thematic"),
     per_type: int = 1,                     # queries of each type for a passage
     max_pos: int = 20,                     # passages a query may fit
-    language: str | None = None,           # of all queries; None: that of each passage
-    seed: int = 0,                         # of the choice among templates
+    language: str | None = None,           # language of all queries (None = that of each passage)
+    seed: int = 0,                         # random seed of the choice among templates
     progress: bool = True,                 # show a bar
 ) -> Generated:
     """Write queries by templates. Raises ValueError for passages and templates that cannot be
@@ -1430,7 +1430,7 @@ def _made_rows(kind, wanted, rows, draw, counts):
     return [*made.values()]
 
 def vary_queries(
-    rows: Dataset,             # of the schema
+    rows: Dataset,             # rows in the schema of the rows chapter
     kinds: dict[str, float],   # one of `QUERY_KINDS` -> its share of the result
     seed: int = 0,             # random seed
 ) -> Dataset:                  # the rows and the new ones; fewer where texts are too short

@@ -135,7 +135,7 @@ class CrossEncoderReranker:
 
 # %% ../nbs/35_reranking.ipynb #c41e0a11
 class TimedReranker:
-    "A reranker that may take only so long; its scores are NaN when it is late."
+    "Limit the time of a reranker; its scores are NaN when it is late."
     def __init__(self,
         reranker: Reranker,
         seconds: float,        # most that one call of `scores` may take

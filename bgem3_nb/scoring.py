@@ -368,7 +368,7 @@ class Term(NamedTuple):
 class Match(NamedTuple):
     "Pair a query token with the passage token that is most similar to it."
     query: Token            # token of the query
-    passage: Token          # its best match
+    passage: Token          # best match in the passage
     similarity: float       # inner product of their vectors
     contribution: float     # part of the multi-vector score
 

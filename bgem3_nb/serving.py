@@ -36,9 +36,9 @@ from .onnx_encoder import join_outputs, onnx_scores, OnnxEncoder, OUTPUTS
 
 # %% ../nbs/36_serving.ipynb #36a00010
 class Refusal(Exception):
-    "A request that is not answered, and why."
+    "Refuse a request: status, kind and reason."
     def __init__(self,
-        status: int,                   # of HTTP: 4xx is the client's, 5xx ours
+        status: int,                   # HTTP status: 4xx is the client's fault, 5xx ours
         message: str,                  # one sentence that says what to do
         retry_after: int | None = None # seconds
     ):
@@ -58,14 +58,14 @@ class Refusal(Exception):
 # %% ../nbs/36_serving.ipynb #36a00012
 @dataclass
 class Settings:
-    "What a server serves, and its limits."
+    "Set what a server serves, and its limits."
     model: str                  # directory of a model or of an ONNX export, hub name, "embedded"
     index: str = ""             # directory or address of its index
-    name: str = ""              # of the model in requests ("" = the directory's)
+    name: str = ""              # name of the model in requests ("" = the directory's)
     beside: str = ""            # second model, for comparison
     beside_index: str = ""      # index of the second model
-    beside_name: str = ""       # its name
-    share: float = 0.           # of searches and rerankings that the second model answers
+    beside_name: str = ""       # name of the second model in requests
+    share: float = 0.           # share of searches and rerankings that it answers
     keys: str = ""              # JSON file of API keys ("" = everybody may ask)
     new_heads: str = ""         # start of heads that the model lacks, as for `M3Encoder`
     max_length: int = 0         # tokens of a text (0 = as the model states)
@@ -91,13 +91,13 @@ class Settings:
 # %% ../nbs/36_serving.ipynb #36a00014
 @dataclass(frozen=True)
 class Caller:
-    "Who asks."
+    "Describe who asks."
     name: str = "anonymous"
     levels: tuple[str, ...] = ()
     departments: tuple[str, ...] = ()
 
 class Keys:
-    "API keys and whose they are. Raises ValueError naming the entry that is wrong, not its key."
+    "Map API keys to callers. Raises ValueError naming the entry that is wrong, not its key."
     def __init__(self,
         file: str | Path,   # JSON: name -> {"key": …, "levels": […], "departments": […]}
     ):
@@ -143,7 +143,7 @@ def encode_ids(
     encoder,               # an `M3Encoder` or an `OnnxEncoder`
     ids: list[list[int]],  # token ids of each text
     outputs: tuple,        # any of "dense", "lexical", "multi"
-) -> list[dict]:           # of each text: dense (d,), lexical (ids, weights), multi (tokens, d)
+) -> list[dict]:           # per text: dense (d,), lexical (ids, weights), multi (tokens, d)
     "Embed tokenised texts."
     if isinstance(encoder, OnnxEncoder): return _split(encoder.encode_ids(ids, outputs), len(ids))
     import torch
@@ -155,11 +155,11 @@ def encode_ids(
 # %% ../nbs/36_serving.ipynb #36a00018
 @dataclass(eq=False)
 class Job:
-    "The texts of one request on their way through the model."
+    "Follow the texts of one request through the model."
     ids: list[list[int]]    # token ids of each
     outputs: tuple          # wanted of them
     taken: int = 0          # texts that have left the queue
-    future: Future = field(default_factory=Future)   # of a dict for each text
+    future: Future = field(default_factory=Future)   # gives a dict for each text
 
     def __post_init__(self):
         self.results, self.missing = [None] * len(self.ids), len(self.ids)
@@ -174,7 +174,7 @@ class Job:
 
 # %% ../nbs/36_serving.ipynb #36a00020
 class Batcher:
-    "A bounded queue of texts and the one thread that takes batches from it."
+    "Queue texts, up to a limit; one thread takes batches from the queue."
     def __init__(self,
         encode: Callable,        # token ids and outputs -> a dict for each text
         batch_tokens: int,       # most tokens of a batch; a longer text goes alone
@@ -277,9 +277,9 @@ def _open_index(place: str, encoder, caller_keys: bool):
 
 # %% ../nbs/36_serving.ipynb #36a00028
 class Arm:
-    "A served model: encoder, queue, index."
+    "Serve one model: encoder, queue, index."
     def __init__(self,
-        path: str, name: str, index: str,   # of the model; of its index, "" if there is none
+        path: str, name: str, index: str,   # model; path of its index ("" = none)
         settings: Settings,
         noted: Callable,                    # called with name, texts and tokens of each batch
     ):
@@ -317,14 +317,14 @@ class Arm:
 # %% ../nbs/36_serving.ipynb #36a00030
 def hashed_share(
     text: str,   # user, or query
-) -> float:      # in [0, 1), the same for the same text everywhere
-    "Place a text between 0 and 1."
+) -> float:      # number in [0, 1), the same on every machine
+    "Hash a text to a number between 0 and 1."
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48
 
 def pick_arm(
     arms: list[Arm],         # one or two
-    share: float,            # of the second
+    share: float,            # share of the second model
     model: str,              # named by the request ("" = none)
     key: str | None = None,  # user or query; None: not shared out
 ) -> Arm:
@@ -341,18 +341,18 @@ Kind = Literal["query", "passage"]
 
 @dataclass
 class EmbeddingsForm:
-    "OpenAI's form of a request for dense vectors."
+    "Ask for dense vectors, in OpenAI's form."
     input: str | list[str] | list[int] | list[list[int]]
     model: str = ""
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = None      # numbers that are kept of each vector
     user: str | None = None
     input_type: Kind = "passage"
-    truncate: bool | None = None       # as the server, if left out
+    truncate: bool | None = None       # cut longer texts (None = as the server is set)
 
 @dataclass
 class EncodeForm:
-    "Texts and the outputs wanted of them."
+    "Ask for some or all outputs of texts."
     texts: list[str]
     outputs: list[Literal["dense", "lexical", "multi"]] = field(
         default_factory=lambda: list(OUTPUTS))
@@ -364,12 +364,12 @@ class EncodeForm:
 # %% ../nbs/36_serving.ipynb #36a00034
 @dataclass
 class Text:
-    "A document of a reranking as an object."
+    "Hold a document of a reranking, given as an object."
     text: str
 
 @dataclass
 class RerankForm:
-    "Cohere's and Jina's form of a request for an order."
+    "Ask for a reranking, in the form of Cohere and Jina."
     query: str
     documents: list[str | Text]
     model: str = ""
@@ -380,7 +380,7 @@ class RerankForm:
 
 @dataclass
 class SearchForm:
-    "A question to the index; the fields are those of `HybridIndex.search`."
+    "Ask the index; the fields are those of `HybridIndex.search`."
     query: str
     k: int = 10
     where: dict | None = None
@@ -394,7 +394,7 @@ class SearchForm:
 
 # %% ../nbs/36_serving.ipynb #36a00036
 class Service:
-    "The served models, and what they answer."
+    "Answer requests with the served models."
     def __init__(self, settings: Settings, noted: Callable = lambda name, texts, tokens: None):
         self.settings, self.keys = settings, Keys(settings.keys) if settings.keys else None
         self.readers = ThreadPoolExecutor(2, "texts")
@@ -533,10 +533,10 @@ Service.search = _search
 
 # %% ../nbs/36_serving.ipynb #36a00046
 async def read_body(
-    headers: dict[bytes, bytes],   # of the request
+    headers: dict[bytes, bytes],   # headers of the request
     receive: Callable,             # gives the next part, as ASGI has it
     most: int,                     # bytes
-    seconds: float,                # for all of it
+    seconds: float,                # time limit for the whole body
 ) -> bytes | None:                 # None: the client has gone
     "Read the body of a request. Raises Refusal if it is too large or too slow."
     large = Refusal(413, f"the body is larger than {most:,} bytes; send less in a request")
@@ -564,7 +564,7 @@ POSTS = ("/v1/embeddings", "/encode", "/rerank", "/search")
 _log = logging.getLogger("bgem3_nb.serving")
 
 class Guard:
-    "What happens to every request before and after its answer: key, limits, log, metrics."
+    "Handle every request before and after its answer: key, limits, log, metrics."
     def __init__(self, app, service: Service, metrics: SimpleNamespace):
         self.app, self.service, self.metrics, self.now = app, service, metrics, 0
 
@@ -713,7 +713,7 @@ def _add_watching(app, service: Service, metrics: SimpleNamespace):
 
 # %% ../nbs/36_serving.ipynb #36a00055
 def _parser() -> argparse.ArgumentParser:
-    "The command line of `bgem3-serve`."
+    "Run `bgem3-serve`."
     p = argparse.ArgumentParser(prog="bgem3-serve", description="Serve a model over HTTP.")
     p.add_argument("model", help="directory of a model or of an ONNX export, hub name, embedded")
     p.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (127.0.0.1)")

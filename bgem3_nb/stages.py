@@ -20,7 +20,7 @@ from .training import M3TrainingArguments, search_scores
 
 # %% ../nbs/15_stages.ipynb #15a00002
 def _stage_length(
-    name: str,       # of the stage, for messages
+    name: str,       # name of the stage, for error messages
     own: dict,       # settings of the stage
     shared: dict,    # settings of every stage
 ) -> dict:           # `max_steps`, -1 where epochs count, and `num_train_epochs`
@@ -35,7 +35,7 @@ def _stage_length(
         if epochs is None: epochs = shared.get("num_train_epochs", 3.)
         elif steps is not None and steps > 0:
             raise ValueError(f"stage {name!r}: max_steps is {steps} and num_train_epochs is "
-                             f"{epochs}; a training is as long as one of them says, drop one")
+                             f"{epochs}; both set the length of the training; leave one out")
         return {"max_steps": -1, "num_train_epochs": epochs}
     return {}
 
@@ -50,7 +50,7 @@ _RENAMED = {"keep": "retained_share", "anchor": "l2_sp", "adaptive": "adaptive_w
 
 def stage_plan(
     stages: dict,     # name of a stage to its own settings, in the order in which they run
-    **settings,       # of every stage, for `M3TrainingArguments`
+    **settings,       # arguments of `M3TrainingArguments`, for every stage
 ) -> list[tuple]:     # (name, settings of the arguments, safeguards)
     "List what each stage is to do. Raises ValueError for an unknown stage or setting."
     known, plan = {f.name for f in fields(M3TrainingArguments)} | set(SAFEGUARDS), []
@@ -77,7 +77,7 @@ def mix_rows(
     general: Dataset,   # what must not be forgotten
     ratio: float,       # share of general rows in the result
     seed: int = 0,      # random seed
-) -> Dataset:           # in random order; with all general rows if there are too few
+) -> Dataset:           # rows in random order; all general rows if there are too few
     "Mix general rows among the others. Raises ValueError if ratio is not in [0, 1)."
     if not 0 <= ratio < 1:
         raise ValueError("rehearsal is a share of the rows, at least 0 and less than 1, "
@@ -95,7 +95,7 @@ def mix_rows(
 class L2SPRegularizer(TrainerCallback):
     "Pull the trained weights to where they were when this was made (L2-SP)."
     def __init__(self,
-        model: M3Model,     # at its start
+        model: M3Model,     # model before the training
         strength: float,    # λ
     ):
         self.strength = strength
@@ -131,7 +131,7 @@ class ForgettingGuard(TrainerCallback):
         trainer,                        # an `M3Trainer`
         general,                        # a set to search: `queries`, `passages`, `qrels`
         retained_share: float,          # share of the start that must be kept; 0 only watches
-        metric: str = "all_nDCG@10",    # of those that the trainer's `compute_metrics` gives
+        metric: str = "all_nDCG@10",    # metric that `compute_metrics` gives
     ):
         if not 0 <= retained_share <= 1:
             raise ValueError("retained_share is a share of the general metric, from 0 to 1, not "
@@ -186,7 +186,7 @@ class AdaptiveWeights(TrainerCallback):
     "Set the weights of the loss after every validation by how far each mode is from perfect."
     def __init__(self,
         trainer,                 # an `M3Trainer`; its `loss_weights` are the base
-        metric: str = "nDCG@10", # of each mode: the validation gives `dense_nDCG@10` and so on
+        metric: str = "nDCG@10", # metric of each mode, as in `dense_nDCG@10`
     ):
         self.trainer, self.metric, self.base = trainer, metric, dict(trainer.loss_weights)
 
@@ -208,9 +208,9 @@ class AdaptiveWeights(TrainerCallback):
 # %% ../nbs/15_stages.ipynb #ca13be0d
 def add_safeguards(
     trainer,              # an `M3Trainer`, before it trains
-    safeguards: dict,     # as `stage_plan` gives them
+    safeguards: dict,     # safeguards from `stage_plan`
     general=None,         # a set to search, for the guard
-    metric: str = "all_nDCG@10",   # that the guard watches
+    metric: str = "all_nDCG@10",   # metric of the validations on general texts
 ):                        # a function to call when it has trained
     "Put a stage's safeguards into its trainer. Raises ValueError if the guard has no set."
     model, retained_share = trainer.model, safeguards["retained_share"]

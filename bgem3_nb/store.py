@@ -281,7 +281,7 @@ def _open_store(
               if old.get(k) != new.get(k)]
     if differ:
         raise ValueError(f"{path}: this store was made with {'; '.join(differ)}. "
-                         "Encode with what it was made with, or give another path")
+                         "Encode with these settings, or give another path")
     return info
 
 def _write_info(path: Path, info: dict):
@@ -366,7 +366,7 @@ def embed_shard(
     return e, longer
 
 def encode_shard(
-    encoder: M3Encoder, shard: ShardTexts, settings: dict,   # as for `embed_shard`
+    encoder: M3Encoder, shard: ShardTexts, settings: dict,   # parameters of `embed_shard`
 ):
     "Encode the texts of a shard and write it. Raises ValueError as `embed_shard`."
     e, longer = embed_shard(encoder, shard, settings)

@@ -102,16 +102,16 @@ def _use_one_gpu(
 # %% ../nbs/14_training.ipynb #a894ddc4
 @dataclass
 class M3TrainingArguments(TrainingArguments):
-    "`transformers.TrainingArguments`, with what BGE-M3's training needs beside them."
+    "Extend `transformers.TrainingArguments` by the settings of BGE-M3's training."
     modes: tuple[str, ...] = OUTPUTS   # outputs that are trained
-    temperature: float = .02           # of every softmax in the loss
+    temperature: float = .02           # temperature of every softmax in the loss
     symmetric: bool = False            # InfoNCE also from passage to query
     distill: str = "ensemble"          # teacher: "ensemble", "pairwise" or "guided"; "" for none
     distill_start: int = 0             # step at which self-distillation begins
     matryoshka: tuple[int, ...] = ()   # smaller widths at which the dense vector is trained too
     matryoshka_multi: tuple[int, ...] = ()  # the same for the multi-vectors
     teacher: str = ""                  # loss on rows' scores: "distribution", "margin"; "" for none
-    teacher_weight: float = 1.         # of that term of the loss
+    teacher_weight: float = 1.         # weight of that term of the loss
     teacher_temperature: float = 1.    # divides the teacher's scores
     negatives: int = 0                 # hard negatives of a row that go into a batch
     no_in_batch: tuple[str, ...] = ()  # sources whose rows see their own hard negatives only
@@ -122,15 +122,15 @@ class M3TrainingArguments(TrainingArguments):
     query_length: int = 64             # tokens after which a query is truncated in training
     passage_length: int = 256          # tokens after which a passage is truncated in training
     search_length: int = 512           # tokens after which a text is truncated in validation
-    chunk_tokens: int = 0              # encoded at a time; 0: as many as fit, at most 8192
-    lexical_learning_rate: float = 5e-4  # of the lexical head
+    chunk_tokens: int = 0              # tokens encoded at a time (0 = as many as fit, at most 8192)
+    lexical_learning_rate: float = 5e-4  # learning rate of the lexical head
     lexical_sparsity: float = 0.       # weight of the FLOPS regularisation, for a head that expands
-    multi_learning_rate: float = 1e-4  # of the multi-vector head
+    multi_learning_rate: float = 1e-4  # learning rate of the multi-vector head
     freeze_embeddings: bool = True     # leave the token embeddings as they are
     freeze_layers: int = 0             # lowest layers that stay as they are; -1: all of them
     lora_rank: int = 0                 # rank of adapters, trained instead of the encoder; 0: none
-    dropout: bool = False              # the encoder's own dropout while training
-    patience: int = 0                  # validations without gain before it stops; 0: never stops
+    dropout: bool = False              # use the encoder's own dropout
+    patience: int = 0                  # validations without a gain before it stops (0 = never)
     precision: str = "auto"            # "fp32", "bf16", "fp16"; "auto": the fastest here
     remove_unused_columns: bool = field(default=False)  # rows are not the model's inputs
 
@@ -142,7 +142,7 @@ class M3TrainingArguments(TrainingArguments):
 # %% ../nbs/14_training.ipynb #14b00008
 @patch(as_prop=True)
 def dtype(self: M3TrainingArguments) -> torch.dtype:
-    "The precision of the encoder's products."
+    "Return the precision of the encoder's products."
     return _PRECISIONS["bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"]
 
 # %% ../nbs/14_training.ipynb #14a00002
@@ -195,8 +195,8 @@ def check_model(
 # %% ../nbs/14_training.ipynb #14b00011
 def activation_bytes(
     model: M3Model,
-    dtype: torch.dtype,   # of the products
-) -> int:                 # for each token, padding included
+    dtype: torch.dtype,   # precision of the products
+) -> int:                 # bytes per token, padding included
     "Count what the backward pass keeps of an encoder for each token."
     c = model.encoder.config
     inner = getattr(c, "intermediate_size", 4 * c.hidden_size)
@@ -205,7 +205,7 @@ def activation_bytes(
 
 def state_bytes(
     model: M3Model,
-    dtype: torch.dtype,   # of the products
+    dtype: torch.dtype,   # precision of the products
 ) -> tuple[int, int]:     # what training holds beside the weights; a copy in half precision
     "Count gradients and moments of what is trained, and a copy of the encoder's matrices."
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -286,7 +286,7 @@ def cached_backward(
     chunks: list,  # inputs of the encoder
     loss_of,       # (outputs of all chunks) to the loss, a scalar
     last=nullcontext,  # entered for all chunks but the last, to put off the exchange of gradients
-    backward=torch.Tensor.backward,   # of the loss; one that scales it scales all gradients
+    backward=torch.Tensor.backward,   # runs the backward pass of the loss, scaled or not
 ) -> torch.Tensor:      # the loss
     "Compute gradients of a loss over many chunks, with the activations of one chunk at a time."
     outputs, states = _outputs_of_chunks(forward, chunks)
@@ -314,8 +314,8 @@ def _gather(thing) -> list:
     return everyone
 
 def _share_outputs(
-    outputs: list[M3Output],   # of this process's chunks
-) -> list[list[M3Output]]:     # of every process's chunks, in the order of the processes
+    outputs: list[M3Output],   # outputs of this process's chunks
+) -> list[list[M3Output]]:     # outputs of each process's chunks, in their order
     "Give outputs to all processes; one's own keep their gradient."
     named = [{n: t for n, t in vars(o).items() if t is not None} for o in outputs]
     shapes = _gather([{n: (t.shape, t.dtype) for n, t in o.items()} for o in named])
@@ -362,8 +362,8 @@ def _run_settings(args: M3TrainingArguments) -> dict:
     return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
 def _check_settings(
-    checkpoint: Path,            # to be resumed
-    args: M3TrainingArguments,   # of the new run
+    checkpoint: Path,            # directory of the checkpoint that is to be resumed
+    args: M3TrainingArguments,   # settings of the new run
 ):
     "Raise ValueError if the checkpoint is unfinished, or was trained with other settings."
     if not _is_finished(checkpoint):
@@ -441,16 +441,16 @@ class _RunChecks(TrainerCallback):
 
 # %% ../nbs/14_training.ipynb #17a59f59
 class M3Trainer(Trainer):
-    "`transformers.Trainer` with the unified loss and validation by search."
+    "Train with the unified loss and validate by search, as a `transformers.Trainer`."
     def __init__(self,
         model: M3Model,              # what to train
-        args: M3TrainingArguments,   # how
+        args: M3TrainingArguments,   # settings of the training
         train_dataset=None,          # rows: `query`, `pos`, optionally more of the row schema
         eval_dataset=None,           # a set to search: `queries`, `passages`, `qrels`
         compute_metrics=None,        # (scores by mode, qrels) to metrics, at every validation
         loss_weights: dict = LOSS_WEIGHTS,   # mode to its weight in the loss
         weigh=None,                  # (scores of the first mode, target, weights) to new weights
-        **kwargs,                    # of `transformers.Trainer`
+        **kwargs,                    # further arguments of `transformers.Trainer`
     ):
         if eval_dataset is not None and compute_metrics is None:
             raise ValueError("eval_dataset needs compute_metrics, which says what to measure on "
@@ -486,7 +486,7 @@ class M3Trainer(Trainer):
 @patch
 def _teacher_term(self: M3Trainer,
     scores: dict,      # mode to (b, m)
-    matrices: dict,    # of the batch, as `label_matrices` gives them
+    matrices: dict,    # label matrices of the batch, from `label_matrices`
 ) -> torch.Tensor:     # scalar
     "Average the loss against the rows' own scores over the modes."
     args, extra, loss = self.args, (), teacher_loss
@@ -497,9 +497,9 @@ def _teacher_term(self: M3Trainer,
 
 @patch
 def loss_of(self: M3Trainer,
-    outputs: list[M3Output],     # of this process's chunks, the queries' first
-    queries: int,                # how many of them are of queries
-    labels: list[BatchLabels],   # of every process
+    outputs: list[M3Output],     # outputs of this process's chunks, the queries' first
+    queries: int,                # number of chunks that hold queries
+    labels: list[BatchLabels],   # labels of every process
 ) -> torch.Tensor:               # scalar
     "Compute the loss over every process's outputs; its terms are kept for the log."
     args, matrices = self.args, label_matrices(labels, outputs[0].mask.device)
@@ -599,8 +599,8 @@ def stop_not_finite(self: M3Trainer,
 # %% ../nbs/14_training.ipynb #14b00021
 @patch
 def divide_further(self: M3Trainer,
-    error: Exception,    # that memory ran out
-    batches: list[dict], # whose gradients were to be computed
+    error: Exception,    # the exception that told that memory ran out
+    batches: list[dict], # batches whose gradients were to be computed
 ):
     "Choose smaller chunks for the rest of the run. Raises MemoryError where none can be chosen."
     args, chunks = self.args, [c for b in batches for c in b["queries"] + b["passages"]]
@@ -659,7 +659,7 @@ def training_step(self: M3Trainer,
 
 # %% ../nbs/14_training.ipynb #9b4f5afa
 def _dropout_rates(
-    encoder: nn.Module,             # of transformers
+    encoder: nn.Module,             # an encoder of transformers
 ) -> list[tuple]:                   # (module, name of its attribute, rate)
     "List every dropout of an encoder: modules, and rates that attention keeps as plain numbers."
     return [(m, name, value) for m in encoder.modules() for name, value in vars(m).items()
@@ -682,7 +682,7 @@ def quick_layers(self: M3Trainer):
 @patch
 def train(self: M3Trainer,
     resume_from_checkpoint=None,   # True: the last finished one in `output_dir`; or its directory
-    **kwargs,                      # of `Trainer.train`
+    **kwargs,                      # further arguments of `Trainer.train`
 ):
     "Train as `Trainer.train` does; at the end the model is an ordinary one, with adapters merged."
     count_steps(self.args, len(self.train_dataset))    # refuses rows that fill no batch
@@ -714,7 +714,7 @@ def _encode_shared(
     texts: list[str],    # the same in every process
     outputs: tuple,      # any of "dense", "lexical", "multi"
     shared: bool,        # every process calls this
-) -> Embeddings:         # of all texts, in every process
+) -> Embeddings:         # embeddings of all texts, in every process
     "Encode texts, each process its share of them."
     if not shared or not dist.is_initialized(): return encode(texts, outputs=outputs)
     world, texts = dist.get_world_size(), list(texts)
@@ -808,7 +808,7 @@ _COLORS = MODE_COLORS | {"teacher": RED, "sparsity": GREY}
 
 def plot_training(
     log: list[dict],   # `trainer.state.log_history`
-    metric: str = "nDCG@10",   # of the validations
+    metric: str = "nDCG@10",   # metric of the validations
 ):                     # a matplotlib figure
     "Plot the terms of the loss, self-distillation dotted, and the validations."
     import matplotlib.pyplot as plt

@@ -96,13 +96,15 @@ def test_links_lead_to_the_chapter_that_they_name():
 
 @pytest.mark.parametrize("name", chapters())
 def test_a_chapter_is_built_like_the_others(name):
-    """Title and line below it, badge that opens this notebook, install cell that is not evaluated, exported imports
-    alone."""
+    """Title and line below it, badge that opens this notebook, install cell that is not evaluated, one line with level
+    and minutes, exported imports alone."""
     cells = [{**c, "source": "".join(c["source"])}
              for c in json.loads(chapters()[name].read_text(encoding="utf-8"))["cells"]]
     assert re.match(r"# .+\n\n> .+", cells[0]["source"])
     assert f"/nbs/{chapters()[name].name})" in cells[1]["source"]
     assert "#| eval: false" in cells[2]["source"]
+    level = r"^\*\*Level:\*\* (?:beginner|intermediate|advanced) · \*\*Reading time:\*\* \d+ minutes$"
+    assert len(re.findall(level, "\n".join(markdown(chapters()[name])), re.M)) == 1
     for c in cells:
         if c["cell_type"] != "code" or not c["source"].startswith("#| export"): continue
         lines = [line for line in c["source"].splitlines() if line.strip() and not line.startswith(("#", " ", ")"))]

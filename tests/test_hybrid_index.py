@@ -281,7 +281,7 @@ def test_another_model_is_refused_and_the_difference_is_named(encoder, filled, t
     other = deepcopy(encoder.model)
     other.lexical_head.bias.data += 1
     other = M3Encoder(other, progress=False)
-    with pytest.raises(IndexProblem, match="with model weights of lexical_head '.*Open it with what it was made with"):
+    with pytest.raises(IndexProblem, match="with model weights of lexical_head '.*Open it with these settings"):
         HybridIndex(tmp_path / "i", other)
     with pytest.raises(ValueError, match="another model than the passages, which differs in weights of lexical_head"):
         index.search(other.encode(["lương"]), principal=Principal(LEVELS))

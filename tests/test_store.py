@@ -196,7 +196,7 @@ def test_a_finished_store_is_not_touched(store, encoder, monkeypatch):
     (dict(outputs=("dense", "multi")), "outputs"),
     (dict(multi_dtype="int8"), "multi_dtype 'float16', not 'int8'"), (dict(shard_size=8), "shard_size 16, not 8")])
 def test_another_setting_is_refused(store, encoder, change, words):
-    with pytest.raises(ValueError, match="Encode with what it was made with") as error:
+    with pytest.raises(ValueError, match="Encode with these settings") as error:
         encode_corpus(encoder, TEXTS, store.path, **dict(shard_size=SHARD, progress=False) | change)
     assert words in str(error.value)
 
