@@ -96,17 +96,17 @@ def test_two_processes(tmp_path, alone, cached):
 
 
 def test_two_processes_in_half_precision(tmp_path):
-    """fp16 with a gradient scaler whose first factor is far too large: both processes skip the same steps, have the same
-    weights and, resumed from a checkpoint, the same bits; within a hundredth of the change they are those of one process
-    with the whole batch. A validation is shared: no text is encoded and no query scored by both."""
+    """fp16 with a gradient scaler: both processes skip a step whose gradient overflows in one or in both, have the
+    same weights and, resumed from a checkpoint, the same bits; within a hundredth of the change they are those of one
+    process with the whole batch. A validation is shared: no text is encoded and no query scored by both."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     first = start("half", tmp_path / "two", launcher=torchrun)
     finish(start("half", tmp_path / "one"))
     finish(first)
     alone, a, b = (torch.load(tmp_path / f"{name}.pt", weights_only=True)
                    for name in ("one/half-1-0", "two/half-2-0", "two/half-2-1"))
-    assert 0 < sum(a["skipped"]) < 6 and a["skipped"] == b["skipped"] == alone["skipped"]
-    assert a["scale"] == b["scale"] == alone["scale"] < 2**20
+    assert a["skipped"] == b["skipped"] == alone["skipped"] == [0, 0, 1, 0, 0, 1, 0, 0]
+    assert a["scale"] == b["scale"] == alone["scale"] == 2**7
     for part in ("before", "after", "resumed"):
         for name, w in a[part].items(): assert torch.equal(w, b[part][name]), (part, name)
     for run in (alone, a, b):
