@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -91,6 +92,7 @@ def folder(tmp_path_factory):
             model.save_pretrained(d / "new")
         with HybridIndex(d / f"{name}_index", M3Encoder(model, progress=False), fields={"year": "integer"},
                          access=Access(("public", "secret"))) as index: index.upsert(rows)
+    shutil.copytree(d / "old_index", d / "onnx_index")       # an index has one server
     return d
 
 
@@ -363,7 +365,7 @@ def test_a_killed_worker_costs_its_own_requests_only(server, web):
 
 def test_stopping_finishes_what_was_accepted(folder):
     "With the exported model and its index, which is searched without the model's weights."
-    server = Server(folder / "log2", folder / "onnx", "--index", folder / "old_index", "--keys",
+    server = Server(folder / "log2", folder / "onnx", "--index", folder / "onnx_index", "--keys",
                     folder / "keys.json", "--batch-tokens", "8")
     with server.web() as web:
         assert [h["id"] for h in web.post("/search", json={"query": TEXTS[1]}).json()["hits"]][0] == "1"
