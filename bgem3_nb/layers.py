@@ -36,8 +36,10 @@ def pick_layers(
             raise ValueError(f"layers is {layers}, but a student of a teacher with {total} layers "
                              f"has 1 to {total - 1}")
         return [round(place) for place in np.linspace(0, total - 1, layers)]
-    if not layers or sorted(set(layers)) != list(layers) or not 0 <= layers[0] <= layers[-1] < total:
-        raise ValueError(f"layers is {layers}; name layers from 0 to {total - 1}, rising, each once")
+    inside = [i for i in layers if 0 <= i < total]
+    if not layers or sorted(set(inside)) != list(layers):
+        raise ValueError(f"layers is {layers}; name layers from 0 to {total - 1}, rising, "
+                         "each once")
     return list(layers)
 
 # %% ../nbs/82_layers.ipynb #82a00011
