@@ -834,8 +834,8 @@ def main(argv: list[str] | None = None) -> int:
                               '"bgem3_nb[serve]"') from None
         config = Config(partial(_app_or_exit, settings), host, port, factory=True, workers=1,
                         timeout_graceful_shutdown=ceil(settings.seconds), access_log=False,
-                        http=partial(timed_http, settings), log_config=_logging(),
-                        timeout_worker_healthcheck=60)
+                        http=partial(timed_http, settings), ws="none",
+                        log_config=_logging(), timeout_worker_healthcheck=60)
         bound = config.bind_socket()
         bound.listen(2048)       # what comes before a worker is ready waits
         bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # inherited
