@@ -93,7 +93,7 @@ def load(cls: DenseIndex,
                          "again from this store")
     return cls(index, store, name)
 
-# %% ../nbs/83_scale.ipynb #99d2000f
+# %% ../nbs/83_scale.ipynb #99d20012
 def recall(
     found: Candidates, exact: Candidates,   # of the same queries
 ) -> float:
@@ -101,7 +101,7 @@ def recall(
     pairs = zip(found.passages.tolist(), exact.passages.tolist())
     return float(np.mean([len({*a} & {*b}) / len(b) for a, b in pairs]))
 
-# %% ../nbs/83_scale.ipynb #99d20016
+# %% ../nbs/83_scale.ipynb #99d20019
 def passage_bytes(
     dim: int = 1024,           # numbers of a dense vector
     tokens: float = 130.,      # tokens of a passage, with a multi-vector each
@@ -118,7 +118,7 @@ def passage_bytes(
     return {"text": text, "dense": 4. * dim, "lexical": 8. * terms,
             "multi": kept * (each * width + scale)}
 
-# %% ../nbs/83_scale.ipynb #99d2001d
+# %% ../nbs/83_scale.ipynb #99d20020
 @dataclass
 class Rates:
     "What one machine does in a second."
@@ -140,7 +140,7 @@ class Machine:
     memory: float = 64e9     # bytes of memory
     disk: float = 2e12       # bytes of disk
 
-# %% ../nbs/83_scale.ipynb #99d2001e
+# %% ../nbs/83_scale.ipynb #99d20021
 def plan(
     passages: float,                     # passages of the corpus
     each: dict[str, float],              # bytes of a passage, from `passage_bytes`
@@ -168,7 +168,7 @@ def plan(
             "machines for the index": np.ceil(passages * code / (.8 * machine.memory)),
             "$ once": money[0], "$ a month": money[1]}
 
-# %% ../nbs/83_scale.ipynb #99d20023
+# %% ../nbs/83_scale.ipynb #99d20026
 def limits(
     each: dict[str, float],         # bytes of a passage, from `passage_bytes`
     machine: Machine = Machine(),
