@@ -348,7 +348,7 @@ class _PartSearch:
         answers = run_on_workers(self.ray, calls, self.workers, self.asked, self.stall)
         for _, result, error in answers:
             if error: raise error
-            found = merge_candidates([found, result], k) if found else result
+            found = merge_candidates([found, result] if found else [result], k)
         return found
 
 def search_on_cluster(
