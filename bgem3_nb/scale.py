@@ -123,7 +123,7 @@ def passage_bytes(
 class Rates:
     "What one machine does in a second."
     encode: float = 500.     # passages encoded by a machine with one GPU
-    write: float = 300e6     # bytes written to the shared disk
+    write: float = 300e6     # bytes that a machine writes to the shared disk
     pairs: float = 500e6     # pairs of query and passage scored by dense vectors
     merge: float = 5e6       # candidates merged by the process that began the run
 
@@ -155,13 +155,14 @@ def plan(
 ) -> dict[str, float]:
     "Reckon what a corpus needs."
     stored = passages * sum(v for k, v in each.items() if k != "text")
-    encoding = passages * (1 / rates.encode + stored / passages / rates.write) / 3600
+    writing = stored / rates.write / 3600
+    encoding = passages / rates.encode / 3600 + writing
     mining = passages * queries / rates.pairs / 3600
     merging = passages / part * queries * 2 * depth / rates.merge / 3600
     money = (encoding * prices.encode_hour + (mining + merging) * prices.search_hour,
              stored / 1e9 * prices.gb_month)
     return {"passages": passages, "TB of the store": stored / 1e12,
-            "machine-hours to encode": encoding,
+            "machine-hours to encode": encoding, "of them to write": writing,
             "machines to encode in time": np.ceil(encoding / hours),
             "machine-hours to mine": mining, "hours to merge": merging,
             "GB of a compressed index": passages * code / 1e9,
