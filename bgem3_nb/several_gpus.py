@@ -134,7 +134,7 @@ def launch(
 
 # %% ../nbs/39_several_gpus.ipynb #84c00017
 def _open_url(url):
-    "Return the file system of a URL, and the path in it. Raises `ValueError` naming what is missing."
+    "Return the file system of a URL, and the path in it. Raises `ValueError` if it has none."
     protocol = url.partition("://")[0] if "://" in url else "file"
     if protocol == "file" and "://" not in url: url = f"file://{Path(url).absolute()}"
     try: return fsspec.url_to_fs(url)

@@ -1,4 +1,4 @@
-"""Several processes and machines: one training divided, failures named, checkpoints elsewhere, and the files in deploy."""
+"""Several processes and machines: one training divided, failures named, checkpoints elsewhere, the files in deploy."""
 import json
 import multiprocessing
 import os
@@ -24,8 +24,8 @@ from bgem3_nb.several_gpus import CheckpointStore, Processes, lost_connection
 from bgem3_nb.training import _score_shared, check_same, from_first, leave_to_first, share_weights
 
 PARAMETERS = "bad: int = -1  # process that fails\nhow: str = ''  # 'killed', 'waits'\nout: str = 'x'  # where"
-CELLS = ("import os, signal, sys, time\nimport torch\nimport torch.distributed as dist\nrank = int(os.environ['RANK'])\n"
-         "dist.init_process_group('gloo')",
+CELLS = ("import os, signal, sys, time\nimport torch\nimport torch.distributed as dist\n"
+         "rank = int(os.environ['RANK'])\ndist.init_process_group('gloo')",
          "print('process', rank, 'of', dist.get_world_size())\n"
          "if rank == bad and how == 'killed': os.kill(os.getpid(), signal.SIGKILL)\n"
          "if rank == bad: raise ValueError('data/x.jsonl, line 7: no positive')\n"
@@ -61,7 +61,9 @@ def in_two(work, *args):
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
         try: queue.put((rank, work(rank, *args)))
         except BaseException as e: queue.put((rank, f"{type(e).__name__}: {e}"))
-        os._exit(0)
+        queue.close()
+        queue.join_thread()
+        os._exit(0)     # its threads can abort a process that ends in the usual way
     processes = [context.Process(target=run, args=(rank,)) for rank in (0, 1)]
     for p in processes: p.start()
     found = dict(queue.get(timeout=120) for _ in processes)
@@ -301,17 +303,17 @@ def material(tmp_path_factory):
     "A tiny model and a few rows."
     path = tmp_path_factory.mktemp("material")
     tiny_model().save_pretrained(path / "model")
-    rows = [{"query": f"điều {i} nói gì về {i * 7} ngày phép", "pos": [f"nội dung của điều {i}: nghỉ phép {i * 7} ngày"],
-             "domain": "ab"[i % 3 == 0]} for i in range(36)]
+    rows = [{"query": f"điều {i} nói gì về {i * 7} ngày phép", "domain": "ab"[i % 3 == 0],
+             "pos": [f"nội dung của điều {i}: nghỉ phép {i * 7} ngày"]} for i in range(36)]
     (path / "rows.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in rows), encoding="utf-8")
     return path
 
 
-def train(material, out, *more, steps=8, validations=2):
+def train(material, out, *more, steps=8, validations=2, batch_size=4):
     "The command of a short training."
     given = {"source": material / "rows.jsonl", "model": material / "model", "test": "[b]", "valid": "0.3",
-             "steps": steps, "batch_size": 4, "validations": validations, "lexical_warm_up": 5, "passage_length": 60,
-             "search_length": 60, "panel": "[]", "precision": "fp32", "learning_rate": 1e-3}
+             "steps": steps, "batch_size": batch_size, "validations": validations, "lexical_warm_up": 5,
+             "passage_length": 60, "search_length": 60, "panel": "[]", "precision": "fp32", "learning_rate": 1e-3}
     return ["train", *(w for k, v in given.items() for w in ("-p", k, v)), "--no-progress", "--out", out, *more]
 
 
@@ -333,8 +335,8 @@ def equal(a, b):
 
 
 def test_two_processes_train_as_one(material, env, tmp_path):
-    """Two processes, and two that SIGTERM ends whose checkpoints one process goes on from, on another machine, make the
-    run of one process: the same metrics, losses and weights."""
+    """Two processes make the run of one: the same metrics, losses and weights. So does one process that goes on, on
+    another machine, from the checkpoints of two that SIGTERM has ended."""
     bucket = f"file://{tmp_path}/bucket"
     long = dict(steps=40, validations=20)
 
@@ -369,6 +371,6 @@ def test_two_processes_train_as_one(material, env, tmp_path):
 
 
 def test_a_batch_that_cannot_be_shared(material, env, tmp_path):
-    process = begin(env, tmp_path, *train(material, "run", "--nproc", 3))
+    process = begin(env, tmp_path, *train(material, "run", "--nproc", 2, batch_size=5))
     said = process.communicate(timeout=400)[1]
-    assert process.returncode == 1 and "batch_size is 4, which 3 processes cannot share evenly" in said, said
+    assert process.returncode == 1 and "batch_size is 5, which 2 processes cannot share evenly" in said, said
