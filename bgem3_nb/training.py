@@ -97,7 +97,8 @@ def _use_one_gpu(
     "Keep to the first GPU where a process sees several, and say how to use them all."
     if args.n_gpu < 2: return
     warnings.warn(f"{args.n_gpu} GPUs are here, and this process trains on the first; to use all, "
-                  f"start it by torchrun --nproc_per_node {args.n_gpu}")
+                  f"start a job with --nproc {args.n_gpu}, or your own program by "
+                  f"torchrun --nproc_per_node {args.n_gpu}")
     args._n_gpu = 1
 
 # %% ../nbs/14_training.ipynb #a894ddc4
