@@ -54,8 +54,9 @@ class Processes:
     def torchrun(self) -> list[str]:
         "Return the arguments of torchrun."
         words = ["--nproc-per-node", str(self.nproc), "--rdzv-id", "bgem3"]
-        if self.nnodes == 1:
-            return [*words, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+        if self.nnodes == 1:       # by number, since a machine may not know its own name
+            return [*words, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0",
+                    "--local-addr", "127.0.0.1"]
         return [*words, "--nnodes", str(self.nnodes), "--node-rank", str(self.node_rank),
                 "--rdzv-backend", "static", "--rdzv-endpoint", self.endpoint]
 
