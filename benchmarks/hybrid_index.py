@@ -114,6 +114,12 @@ class Chunks:
         return found
 
 
+def asked_chunks(chunks, number):
+    "The chunks that are asked for, and the queries: every second word of each."
+    sources = np.linspace(0, len(chunks.texts) - 1, number).astype(int)
+    return sources, [" ".join(chunks.texts[i].split()[2::2]) for i in sources]
+
+
 def clocks(): return np.array([time.process_time(), time.perf_counter()])
 
 
@@ -215,8 +221,7 @@ def measure(n, encoder, pool, cache, args):
     from bgem3_nb.hybrid_index import HybridIndex
     from bgem3_nb.store import EmbeddingStore
     chunks = Chunks(encoder, EmbeddingStore(cache / "clauses"), pool, n)
-    sources = np.linspace(0, n - 1, args.queries).astype(int)
-    queries = [" ".join(chunks.texts[i].split()[2::2]) for i in sources]
+    sources, queries = asked_chunks(chunks, args.queries)
     asked = encoder.encode_queries(queries)
     exact = exact_search(chunks, asked, cache / f"exact-{n}-{args.queries}.npz")
     def row(way, mb, seconds, ms, found, truth=exact["hybrid"]):
