@@ -1,9 +1,9 @@
 """Python processes that are forked from one that has loaded the libraries, since loading them takes longer than most
 jobs of the tests run. The package itself is loaded by each process anew.
 
-`Forked` is `subprocess.Popen` for `[python, "-c", code, …]` and `[python, "-m", module, …]`: a process of its own with
-its own environment, directory, streams and signals. Kernels that it starts are forked from the same process. When the
-one who asked for it is gone, it is killed.
+`Forked` is `subprocess.Popen` for `[python, "-c", code, …]`, `[python, "-m", module, …]` and `[python, file, …]`: a
+process of its own with its own environment, directory, streams and signals. Kernels that it starts are forked from the
+same process. When the one who asked for it is gone, it is killed.
 """
 import atexit
 import json
@@ -31,7 +31,7 @@ class Forked(subprocess.Popen):
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags,
                        shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid,
                        umask, start_new_session, *process_group):
-        assert args[0] == sys.executable and args[1] in ("-c", "-m"), args
+        assert args[0] == sys.executable, args
         streams = [own if fd == -1 else fd for own, fd in enumerate((p2cread, c2pwrite, errwrite))]
         asked = [list(map(str, args[1:])), str(cwd or os.getcwd()), dict(os.environ if env is None else env),
                  bool(start_new_session)]
@@ -58,9 +58,9 @@ class Forked(subprocess.Popen):
 
 
 def run_forked(address, args, timeout=600, **more):
-    "Run a command as `subprocess.run` does, and catch what it prints."
+    "Run a command as `subprocess.run` does; what it prints is caught if nothing else is said."
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with Forked(address, args, **pipes, **more) as process:
+    with Forked(address, args, **{**pipes, **more}) as process:
         try: out, err = process.communicate(timeout=timeout)
         except BaseException:
             process.kill()
@@ -120,15 +120,16 @@ def partial_method(function, **defaults):
 
 
 def run(words):
-    "Run the code or the module that the words name, as `python` does; give the exit code."
+    "Run the code, the module or the file that the words name, as `python` does; give the exit code."
     main = sys.modules["__main__"] = ModuleType("__main__")
     main.__builtins__ = __builtins__
-    kind, what, *rest = words
-    sys.argv = ["-c" if kind == "-c" else what, *rest]
+    kind, what, *rest = words if words[0] in ("-c", "-m") else ("", *words)
+    sys.argv = [kind if kind == "-c" else what, *rest]
     code = 0
     try:
         if kind == "-c": exec(compile(what, "<string>", "exec"), main.__dict__)
-        else: runpy.run_module(what, run_name="__main__", alter_sys=True)
+        elif kind == "-m": runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else: runpy.run_path(what, run_name="__main__")
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
         if not isinstance(e.code, (int, type(None))): print(e.code, file=sys.stderr)
