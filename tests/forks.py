@@ -57,7 +57,7 @@ class Forked(subprocess.Popen):
         except subprocess.TimeoutExpired: return None
 
 
-def run_forked(address, args, timeout=600, **more):
+def run_forked(address, args, timeout=1800, **more):
     "Run a command as `subprocess.run` does; what it prints is caught if nothing else is said."
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with Forked(address, args, **{**pipes, **more}) as process:
