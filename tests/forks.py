@@ -162,6 +162,13 @@ def supervise(connection):
         if select.select([connection], [], [], .02)[0]: os.kill(pid, signal.SIGKILL)
 
 
+def reap():
+    "Take note of the processes that have ended, with their processor time."
+    try:
+        while os.waitpid(-1, os.WNOHANG) != (0, 0): pass
+    except ChildProcessError: pass   # there are no others
+
+
 def serve(address):
     "Fork a process for each that is asked for, until the standard input ends."
     launcher = load()
@@ -172,12 +179,9 @@ def serve(address):
         print("ready", flush=True)
         while True:
             ready, _, _ = select.select([listener, sys.stdin], [], [])
+            reap()
             if sys.stdin in ready: return
             connection, _ = listener.accept()
-            while True:
-                try:
-                    if os.waitpid(-1, os.WNOHANG) == (0, 0): break
-                except ChildProcessError: break
             if not os.fork():
                 listener.close()
                 try: supervise(connection)
