@@ -6,6 +6,7 @@ process of its own with its own environment, directory, streams and signals. Ker
 same process. When the one who asked for it is gone, it is killed.
 """
 import atexit
+import ctypes
 import json
 import os
 import runpy
@@ -150,6 +151,7 @@ def supervise(connection):
     words, cwd, env, new_session = json.loads(connection.makefile("r").readline())
     pid = os.fork()
     if not pid:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)     # PR_SET_PDEATHSIG: it dies with the one who waits for it, too
         if new_session: os.setsid()
         connection.sendall(f"{os.getpid()}\n".encode())
         connection.close()
