@@ -77,7 +77,7 @@ def python(tmp_path, env, forks):
     def run(*words, forked=True, **more):
         if forked and forks and not more: return run_forked(forks, [sys.executable, *words], cwd=tmp_path, env=env)
         return subprocess.run([sys.executable, *words], cwd=tmp_path, env={**env, **more}, stdin=subprocess.DEVNULL,
-                              capture_output=True, text=True, timeout=600)
+                              capture_output=True, text=True, timeout=1800)
     return run
 
 

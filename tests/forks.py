@@ -6,6 +6,7 @@ process of its own with its own environment, directory, streams and signals. Ker
 same process. When the one who asked for it is gone, it is killed.
 """
 import atexit
+import ctypes
 import json
 import os
 import runpy
@@ -57,7 +58,7 @@ class Forked(subprocess.Popen):
         except subprocess.TimeoutExpired: return None
 
 
-def run_forked(address, args, timeout=600, **more):
+def run_forked(address, args, timeout=1800, **more):
     "Run a command as `subprocess.run` does; what it prints is caught if nothing else is said."
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with Forked(address, args, **{**pipes, **more}) as process:
@@ -150,6 +151,7 @@ def supervise(connection):
     words, cwd, env, new_session = json.loads(connection.makefile("r").readline())
     pid = os.fork()
     if not pid:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)     # PR_SET_PDEATHSIG: it dies with the one who waits for it, too
         if new_session: os.setsid()
         connection.sendall(f"{os.getpid()}\n".encode())
         connection.close()
@@ -162,6 +164,13 @@ def supervise(connection):
         if select.select([connection], [], [], .02)[0]: os.kill(pid, signal.SIGKILL)
 
 
+def reap():
+    "Take note of the processes that have ended, with their processor time."
+    try:
+        while os.waitpid(-1, os.WNOHANG) != (0, 0): pass
+    except ChildProcessError: pass   # there are no others
+
+
 def serve(address):
     "Fork a process for each that is asked for, until the standard input ends."
     launcher = load()
@@ -172,12 +181,9 @@ def serve(address):
         print("ready", flush=True)
         while True:
             ready, _, _ = select.select([listener, sys.stdin], [], [])
+            reap()
             if sys.stdin in ready: return
             connection, _ = listener.accept()
-            while True:
-                try:
-                    if os.waitpid(-1, os.WNOHANG) == (0, 0): break
-                except ChildProcessError: break
             if not os.fork():
                 listener.close()
                 try: supervise(connection)

@@ -79,15 +79,15 @@ def test_a_stopped_chain_goes_on(tmp_path, job, env):
     run = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
     started = time.monotonic()
     while not (tmp_path / "two" / "second" / "begun").exists():
-        assert run.poll() is None and time.monotonic() - started < 120
+        assert run.poll() is None and time.monotonic() - started < 600
         time.sleep(.05)
     os.kill(run.pid, signal.SIGINT)
-    said = run.communicate(timeout=60)[1]
+    said = run.communicate(timeout=600)[1]
     assert run.returncode == 130, said
     record = json.loads((tmp_path / "two" / "chain.json").read_text())["steps"]
     assert [record[s]["state"] for s in ("first", "second")] == ["finished", "failed"]
     (tmp_path / "go").touch()
-    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0, again.stderr
     assert "step 1 of 2: first: done before" in again.stderr
     assert (tmp_path / "two" / "second" / "b.txt").read_text() == "ab"
