@@ -592,7 +592,8 @@ class _WholeEncoder:
         def give(encoder, args, out): return BaseModelOutput(self.here.states)
         hooks = [self.first.register_forward_pre_hook(keep, with_kwargs=True),
                  self.encoder.register_forward_hook(give),
-                 *(layer.register_forward_hook(partial(note, i)) for i, layer in enumerate(self.below))]
+                 *(layer.register_forward_hook(partial(note, i))
+                   for i, layer in enumerate(self.below))]
         try: yield
         finally:
             for hook in hooks: hook.remove()
