@@ -417,7 +417,7 @@ class M3Encoder:
         self.model, self.tokenizer = model.to(self.device), model.tokenizer
         self.text_tokenizer = TextTokenizer(model.tokenizer)
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 16384)
-        self.max_length, self.progress = max_length or default_length(model), progress
+        self.max_length, self.progress = default_length(model, max_length), progress
         packs = not compile and PackedEncoder.supports(model.encoder, self.device, self.dtype)
         self.packed = PackedEncoder(model.encoder, self.dtype) if packs else None
         self.forward = torch.compile(model.encoder, dynamic=True) if compile else model.encoder
@@ -735,7 +735,7 @@ class EncoderPool:
             raise ValueError('devices must be a list such as ["cuda:0", "cuda:1"], '
                              f"not {devices!r}")
         self.model, self.progress = model, progress
-        self.max_length = max_length or default_length(model)
+        self.max_length = default_length(model, max_length)
         self.dtype = dtype or pick_dtype(devices[0])[0]
         context = torch.multiprocessing.get_context("spawn")
         self.folder, free = tempfile.TemporaryDirectory(), context.Queue()

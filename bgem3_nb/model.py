@@ -9,7 +9,7 @@ __all__ = ['POOLINGS', 'ACTIVATIONS', 'CONFIG_FILE', 'LEXICAL_FILES', 'MULTI_FIL
            'max_positions', 'default_length', 'load_model']
 
 # %% ../nbs/01_model.ipynb #6f3cd05f
-import json, re
+import json, re, warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -698,9 +698,15 @@ def max_positions(
 
 def default_length(
     model: M3Model,
+    asked: int | None = None,   # tokens; None: as the checkpoint states, else 512
 ) -> int:                 # tokens
-    "Choose where texts are truncated: as the checkpoint states, else 512, or its positions."
-    return model.config.max_length or min(512, max_positions(model.encoder) or 512)
+    "Choose where texts are truncated; what is beyond the model's positions is lowered."
+    most = max_positions(model.encoder)
+    length = asked or model.config.max_length or min(512, most or 512)
+    if not most or length <= most: return length
+    warnings.warn(f"max_length is {most}, not {length}: this model has no more positions",
+                  stacklevel=3)
+    return most
 
 def _trained_width(
     name_or_path: str | Path,  # directory or hub name

@@ -13,6 +13,7 @@ import hashlib, json, math, random, re, secrets, shutil, threading, unicodedata
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -575,23 +576,28 @@ class _WholeEncoder:
     ):
         stack = layer_stack(encoder)
         self.encoder, self.below, self.first = encoder, stack[:-layers], stack[-layers]
-        self.outputs, self.here = {}, threading.local()     # batches are encoded side by side
+        self.others, self.needs = [None] * len(self.below), False
+        self.here = threading.local()            # batches are encoded side by side
 
     @contextmanager
     def reading(self):
         "Let the encoder give the states that enter the first of the last layers."
         def keep(layer, args, kwargs):
             self.here.states = args[0] if args else kwargs["hidden_states"]
-        def note(layer, args, out):
-            self.outputs[layer] = out[1:] if isinstance(out, tuple) else None
+            given, below = [*args[1:], *kwargs.values()], getattr(self.here, "others", ())
+            self.needs |= any(x is y for x in given for y in below if isinstance(y, torch.Tensor))
+        def note(i, layer, args, out):
+            self.here.others = out[1:] if isinstance(out, tuple) else ()
+            self.others[i] = len(out) - 1 if isinstance(out, tuple) else None
         def give(encoder, args, out): return BaseModelOutput(self.here.states)
         hooks = [self.first.register_forward_pre_hook(keep, with_kwargs=True),
                  self.encoder.register_forward_hook(give),
-                 *(layer.register_forward_hook(note) for layer in self.below)]
+                 *(layer.register_forward_hook(partial(note, i))
+                   for i, layer in enumerate(self.below))]
         try: yield
         finally:
             for hook in hooks: hook.remove()
-        if any(isinstance(x, torch.Tensor) for out in self.outputs.values() for x in out or ()):
+        if self.needs:
             raise ValueError(f"the first layer of the family {self.encoder.config.model_type} "
                              "computes what the others take; set train_layers to 0")
 
@@ -604,12 +610,12 @@ def run(self: _WholeEncoder,
     "Compute the last layers, and what follows them."
     def enter(layer, args, kwargs):
         return ((states, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": states})
-    def passing(rest):
+    def passing(others):
         def forward(hidden_states, *args, **kwargs):
-            return hidden_states if rest is None else (hidden_states, *rest)
+            return hidden_states if others is None else (hidden_states, *[None] * others)
         return forward
     hook = self.first.register_forward_pre_hook(enter, with_kwargs=True)
-    for layer in self.below: layer.forward = passing(self.outputs[layer])
+    for layer, n in zip(self.below, self.others): layer.forward = passing(n)
     try:
         ids = torch.zeros_like(mask, dtype=torch.int64)     # their embeddings are not used
         return self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state

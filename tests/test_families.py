@@ -274,8 +274,10 @@ def test_lengths_beyond_the_positions_are_lowered_before_the_first_step(checkpoi
         assert trainer.state.global_step == 0 and getattr(trainer.args, name) == 256
         trainer.train()
         assert "eval_dense_R@1" in trainer.evaluate()
+    with pytest.warns(UserWarning, match="^max_length is 256, not 512: this model has no more positions$"):
+        assert encoder_of(model, max_length=512).max_length == 256
     with pytest.raises(ValueError, match="max_length 300 is not possible: .* for 3 to 256 tokens"):
-        encoder_of(model, max_length=300).encode(TEXTS)
+        encoder_of(model).encode(TEXTS, max_length=300)
 
 
 def test_dtype_and_attention_are_passed_on(checkpoint):

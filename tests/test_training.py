@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tiny_run import tiny_model
+from tiny_run import half_settings, tiny_model, trainer
 
 from bgem3_nb.model import M3Config, M3Model
-from bgem3_nb.training import M3Trainer, M3TrainingArguments
+from bgem3_nb.training import _check_settings, M3Trainer, M3TrainingArguments
 
 RUN = [str(Path(__file__).parent / "tiny_run.py")]
 HERE = Path(__file__).parent
@@ -117,6 +117,9 @@ def test_two_processes_in_half_precision(tmp_path):
     assert moved > 0 and whole(lambda n: a["after"][n] - alone["after"][n]) < .01 * moved
     assert torch.equal(a["found"], alone["found"]) and torch.equal(b["found"], alone["found"])
     for part in ("encoded", "scored"): assert a[part] == b[part] == alone[part] / 2, part
+    fewer = trainer(tmp_path / "fewer", **half_settings(2)).args
+    with pytest.raises(ValueError, match="was trained with world_size=2, and now it is 1"):
+        _check_settings(tmp_path / "two" / "checkpoint-4", fewer)
 
 
 @pytest.mark.parametrize("kind", ["XLMRoberta", "Bert", "DistilBert", "ModernBert"])

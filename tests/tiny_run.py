@@ -82,13 +82,17 @@ def gradients(out, cached):
     leave()
 
 
+def half_settings(world):
+    "Of a run in fp16 with a batch of eight rows in all."
+    return dict(max_steps=8, per_device_train_batch_size=8 // world, cached=True, chunk_tokens=200, negatives=0,
+                precision="fp16", optim="sgd", learning_rate=.02, save_strategy="steps", save_steps=4)
+
+
 def half(out):
     """Eight steps in fp16, and the same from the fourth on; of every process, its weights before and after, the steps
     that it skipped, and its texts and scores of a validation. The loss of the third step is scaled far too much in
     every process, and that of the sixth in the last process alone."""
     world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
-    settings = dict(max_steps=8, per_device_train_batch_size=8 // world, cached=True, chunk_tokens=200, negatives=0,
-                    precision="fp16", optim="sgd", learning_rate=.02, save_strategy="steps", save_steps=4)
     def weights(run): return {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
     def skipped(run): return [h["skipped_steps"] for h in run.state.log_history if "loss" in h]
 
@@ -100,7 +104,7 @@ def half(out):
             if state.global_step in factors: self.scaler.update(factors[state.global_step])
 
     def ready(scale):
-        run = trainer(out, **settings)
+        run = trainer(out, **half_settings(world))
         run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         run.add_callback(Scale(run.accelerator.scaler))
         return run
