@@ -1,17 +1,19 @@
 """What `bgem3-serve` does under load, beside FlagEmbedding behind the plainest FastAPI handler, in one run.
 
     python benchmarks/serving.py                     60 seconds of 50 clients for each server
-    python benchmarks/serving.py --seconds 300       the long form
+    python benchmarks/serving.py --seconds 300 --plain-seconds 60 --kill
+                                                     the long form, eight minutes: five of them for this server
     python benchmarks/serving.py --model DIR         another model than the embedded one, with trained heads
     python benchmarks/serving.py --onnx int8         the same model exported behind `bgem3-serve` too
-    python benchmarks/serving.py --kill              a worker is killed in the middle of a load
+    python benchmarks/serving.py --kill              and then a worker is killed in the middle of a load
     python benchmarks/serving.py --fuzz 10000        so many requests made at random, and what was answered
 
 A client sends a request when its last one is answered: one to four clauses of Vietnamese codes, of 8 to 320 words, and
 wants the dense vectors. The same requests in the same order go to every server. Both run in one process with all cores.
 The handler of FlagEmbedding is a plain `def`, so FastAPI calls it in a thread for each request, and `encode` of its
 `BGEM3FlagModel` computes what the request has. It gets the model's pooling and prompt, and its texts have the same
-tokens. Memory is that of the worker process, after the first fifth of the time and at the end.
+tokens. bgem3-serve computes in the precision that suits the processor, FlagEmbedding in its own for a CPU, fp32. Memory
+is that of a server's processes, after each tenth of the time.
 """
 import argparse
 import asyncio
@@ -108,10 +110,10 @@ async def load(address, pid, seconds, clients, kill=None):
                     answered.append(time.monotonic() - start)
 
         async def watch():
-            for i in range(6):
-                await asyncio.sleep(seconds / 6)
+            for i in range(10):
+                await asyncio.sleep(seconds / 10)
                 sizes.append(memory(pid))
-                if kill and i == 1: kill()
+                if kill and i == 2: kill()
         await asyncio.gather(watch(), *(client() for _ in range(clients)))
         return took, texts, failed, sizes, time.monotonic() - start, answered
 
@@ -149,29 +151,30 @@ def stop(process):
         process.kill()
 
 
-def measure(name, process, address, args):
+def measure(name, process, address, seconds, clients):
     "Load one server; print its row and return its texts per second and its 95th percentile."
     try:
         wait_ready(address, process)
-        took, texts, failed, sizes, seconds, _ = asyncio.run(load(address, process.pid, args.seconds, args.clients))
+        took, texts, failed, sizes, seconds, _ = asyncio.run(load(address, process.pid, seconds, clients))
     finally: stop(process)
     p50, p95 = np.percentile(took, [50, 95])
     print(f"{name:24} {len(took):8} {len(failed):7} {texts / seconds:8.1f} {p50:8.2f} {p95:8.2f} "
-          f"{sizes[0]:9.0f} {sizes[-1]:9.0f}", flush=True)
+          f"  {' '.join(f'{s:.0f}' for s in sizes)}", flush=True)
+    if failed: print(f"{'':24} errors: {', '.join(sorted(set(map(str, failed))))}")
     return texts / seconds, p95
 
 
-def killed(process, address, args):
+def killed(process, address, seconds, clients):
     "Kill the worker under load; print what that cost."
     def kill():
         kids = psutil.Process(process.pid).children()
         next(p for p in kids if "resource_tracker" not in " ".join(p.cmdline())).kill()
     try:
         wait_ready(address, process)
-        found = asyncio.run(load(address, process.pid, args.seconds, args.clients, kill))
+        found = asyncio.run(load(address, process.pid, seconds, clients, kill))
     finally: stop(process)
     gap = np.diff(found[5]).max()
-    print(f"worker killed under load: {len(found[0])} answered, {len(found[2])} lost of {args.clients} in flight "
+    print(f"worker killed under load: {len(found[0])} answered, {len(found[2])} lost of {clients} in flight "
           f"({', '.join(sorted(set(map(str, found[2]))))}), no answer for {gap:.1f} s at most")
 
 
@@ -195,6 +198,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="")
     parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--plain-seconds", type=int, default=0, help="of FlagEmbedding (0 = as long)")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--onnx", default="", metavar="PRECISION")
     parser.add_argument("--kill", action="store_true")
@@ -209,15 +213,17 @@ def main():
         config = model.config
         if args.onnx: export_onnx(model, f"{d}/onnx", args.onnx)
         del model
-        if args.kill: return killed(*start_ours(f"{d}/model"), args)
-        print(f"{args.clients} clients, {args.seconds} s for each server, {os.cpu_count()} cores")
-        print(f"{'':24} {'requests':>8} {'errors':>7} {'texts/s':>8} {'p50 s':>8} {'p95 s':>8} {'MB first':>9} "
-              f"{'MB last':>9}")
+        plain_seconds = args.plain_seconds or args.seconds
+        print(f"{args.clients} clients, {plain_seconds} s and {args.seconds} s, {os.cpu_count()} cores")
+        print(f"{'':24} {'requests':>8} {'errors':>7} {'texts/s':>8} {'p50 s':>8} {'p95 s':>8}  MB")
         other = start_plain(f"{d}/model", config.pooling, config.passage_prompt)
-        plain = measure("FlagEmbedding, FastAPI", *other, args)
-        ours = measure("bgem3-serve", *start_ours(f"{d}/model"), args)
-        if args.onnx: measure(f"bgem3-serve, ONNX {args.onnx}", *start_ours(f"{d}/onnx"), args)
-        print(f"throughput {ours[0] / plain[0]:.2f} times that of FlagEmbedding, p95 {ours[1] / plain[1]:.2f} times")
+        plain = measure("FlagEmbedding, FastAPI", *other, plain_seconds, args.clients)
+        ours = measure("bgem3-serve", *start_ours(f"{d}/model"), args.seconds, args.clients)
+        if args.onnx:
+            measure(f"bgem3-serve, ONNX {args.onnx}", *start_ours(f"{d}/onnx"), args.seconds, args.clients)
+        print(f"throughput {ours[0] / plain[0]:.2f} times that of FlagEmbedding, p95 {ours[1] / plain[1]:.2f} times",
+              flush=True)
+        if args.kill: killed(*start_ours(f"{d}/model"), min(40, args.seconds), args.clients)
 
 
 if __name__ == "__main__": main()

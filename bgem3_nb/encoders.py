@@ -28,7 +28,8 @@ def layer_stack(
     lists = [m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == number]
     if shared or not lists:
         raise ValueError(f"an encoder of the family {encoder.config.model_type} has no layers "
-                         "that can be frozen one by one; set freeze_layers to 0, or to -1")
+                         "that can be frozen or trained one by one; set freeze_layers to 0 or -1, "
+                         "and train_layers to 0")
     return lists[0]
 
 # %% ../nbs/09_encoders.ipynb #09a0000d

@@ -418,7 +418,7 @@ class M3Encoder:
         self.text_tokenizer = TextTokenizer(model.tokenizer)
         self.batch_tokens = batch_tokens or (1024 if self.device.type == "cpu" else 16384)
         self.max_length, self.progress = max_length or default_length(model), progress
-        packs = self.device.type == "cpu" and not compile and PackedEncoder.supports(model.encoder)
+        packs = not compile and PackedEncoder.supports(model.encoder, self.device, self.dtype)
         self.packed = PackedEncoder(model.encoder, self.dtype) if packs else None
         self.forward = torch.compile(model.encoder, dynamic=True) if compile else model.encoder
 

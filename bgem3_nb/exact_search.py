@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Candidates', 'best_of_pairs', 'select_outputs', 'check_search', 'check_not_empty', 'top_by_blocks', 'dense_vectors',
-           'search_device', 'top_dense', 'scores_of', 'rescore', 'refuse_renamed', 'search_candidates']
+           'search_device', 'top_dense', 'scores_of', 'rescore', 'top_multi', 'refuse_renamed', 'search_candidates']
 
 # %% ../nbs/30_exact_search.ipynb #12a5926c
 import warnings
@@ -21,8 +21,9 @@ from tqdm.auto import tqdm
 from .backbone import pick_dtype, resolve_device
 from .encoding import Embeddings, EMBEDDING_PARTS, row_numbers
 from .model import OUTPUTS
-from .scoring import (
-    all_scores, check_finite, check_model, fuse, named_weights, map_over_cores, pair_scores)
+from bgem3_nb.scoring import (
+    all_scores, check_finite, check_model, fuse, maxsim_scores, named_weights, map_over_cores,
+    pair_scores)
 
 # %% ../nbs/30_exact_search.ipynb #1499a997
 @dataclass
@@ -136,17 +137,19 @@ def top_by_blocks(
     weights: dict[str, float],    # {mode: weight}, without weights of 0
     block: int | None = None,     # passages per block (None: 1024 with MaxSim, else 8192)
     progress: bool = False,       # show a progress bar
+    score=None,                   # (queries, passages) to scores (None: the weighted sum)
     **kwargs,                     # arguments of `all_scores`: precision of MaxSim, device
 ) -> Candidates:                  # (n_q, min(k, passages)); of equal scores the lower number first
     "Find the best passages by a weighted sum of modes. Raises ValueError on NaN and infinity."
     block, n = block or (1024 if "multi" in weights else 8192), len(queries)
+    if score is None: score = lambda q, p: fuse(all_scores(q, p, **kwargs), weights)
     size, best = max(1, _SCORES // block), torch.zeros((n, 0), dtype=torch.int64)
     for start in tqdm(range(0, len(corpus), block), desc="search", disable=not progress):
         passages, kept = _read_texts(corpus, slice(start, start + block), weights), []
         numbers = np.arange(start, start + len(passages))
         for a in range(0, max(n, 1), size):
             asked = _read_texts(queries, slice(a, a + size), weights)
-            scores = fuse(all_scores(asked, passages, **kwargs), weights)
+            scores = score(asked, passages)
             check_finite(scores, start, a)
             keys = torch.from_numpy(_ranking_keys(scores, numbers))
             keys = torch.cat([best[a:a + size], keys], 1)
@@ -513,6 +516,83 @@ def rescore(
     scores = scores_of(queries, corpus, row, passages, weights, **kwargs)
     best = best_of_pairs(row, passages, scores, len(found), min(k or width, width))
     return Candidates(*best, "+".join(m for m, w in named_weights(weights).items() if w))
+
+# %% ../nbs/30_exact_search.ipynb #30e0d002
+# rounding unit; half of the distance between the smallest numbers
+_HALF = {torch.float16: (2.**-11, 2.**-25), torch.bfloat16: (2.**-8, 2.**-134)}
+
+def _maxsim_error(
+    queries: Embeddings,   # with `multi`
+    norm: float,           # largest norm of a passage's token
+    dtype: torch.dtype,    # of the products: fp16 or bf16
+) -> np.ndarray:           # (n,) bound for each query
+    "Bound how far MaxSim in half precision is from MaxSim in fp32, for any passage."
+    (unit, least), d, n = _HALF[dtype], queries.multi.shape[1], len(queries)
+    def lost(x): return unit * x + least * d**.5       # of a vector of norm x
+    q, counts = np.linalg.norm(queries.multi.astype(np.float64), axis=1), np.diff(queries.offsets)
+    product = (q + lost(q)) * (norm + lost(norm))
+    e = lost(q) * norm + (q + lost(q)) * lost(norm) + (unit + d * 2.**-22) * product + least
+    owner, longest = np.repeat(np.arange(n), counts), np.zeros(n)
+    np.maximum.at(longest, owner, product)
+    means = np.bincount(owner, e, n) / np.maximum(counts, 1)
+    return 1.001 * (means + (counts + d) * 2.**-22 * longest)     # and the sums in fp32
+
+# %% ../nbs/30_exact_search.ipynb #30e0d003
+@contextmanager
+def _whole_sums():
+    "Let a GPU add products of half precision in fp32 only."
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    for name in names: setattr(matmul, name, False)
+    try: yield
+    finally:
+        for name, value in zip(names, before): setattr(matmul, name, value)
+
+# %% ../nbs/30_exact_search.ipynb #30e0d006
+def _near_best(
+    queries: Embeddings,   # all of this as for `top_multi`
+    corpus,
+    k: int,
+    kept: int,             # passages that are proposed for each query
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: bool,
+) -> tuple[Candidates, np.ndarray]:   # passages that can be among the best k; queries with more
+    "Propose passages by MaxSim in half precision."
+    norms, longest = [0.], float(np.linalg.norm(queries.multi, axis=1).max(initial=0))
+    def score(q, p):
+        norms.append(float(np.linalg.norm(p.multi, axis=1).max(initial=0)))
+        fits = norms[-1] * longest < 2**15             # fp16 ends at 65,504
+        return maxsim_scores(q, p, dtype=dtype if fits else torch.float32, device=device, exact=0)
+    found = top_by_blocks(queries, corpus, kept, {"multi": 1.}, progress=progress, score=score)
+    limit = found.scores[:, k - 1] - 2 * _maxsim_error(queries, max(norms), dtype)
+    near = found.scores >= limit[:, None]
+    found.passages[~near] = -1
+    return found, np.flatnonzero(near[:, -1] & (found.passages.shape[1] < len(corpus)))
+
+# %% ../nbs/30_exact_search.ipynb #30e0d007
+def top_multi(
+    queries: Embeddings,                  # with `multi`
+    corpus,                               # `Embeddings` with `multi`, or an opened store
+    k: int = 200,                         # passages wanted for each query
+    dtype: torch.dtype = torch.float16,   # of the proposals: fp16 or bf16
+    progress: bool = False,               # show a bar
+    device: str | torch.device | None = None,   # of the products; None: the GPU if there is one
+) -> Candidates:                         # (n_q, min(k, passages)); of equals the lower number first
+    "Find the best passages by MaxSim, proposed in half precision and scored in fp32."
+    check_not_empty(corpus)
+    weights, k = check_search(queries, corpus, k, {"multi": 1.})
+    device, rows, kept = search_device(device), np.arange(len(queries)), 2 * k + 256
+    best = Candidates(np.empty((len(rows), k), np.float32), np.empty((len(rows), k), int), "multi")
+    with _full_products(), _whole_sums():
+        while len(rows):               # the second time, queries with more passages that are near
+            asked = _read_texts(queries, rows, weights)
+            found, more = _near_best(asked, corpus, k, kept, dtype, device, progress)
+            found = rescore(found, asked, corpus, weights, k, device=device)
+            best.scores[rows], best.passages[rows] = found.scores, found.passages
+            rows, kept = rows[more], 8 * kept
+    return best
 
 # %% ../nbs/30_exact_search.ipynb #3b5d20bc
 def refuse_renamed(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'CORPORA', 'HUB', 'OPTION_KINDS', 'FORMAT_OPTIONS', 'FORMATS', 'Collection', 'read_passages',
-           'stream_passages', 'WeightConfig', 'negative_weights', 'fill_weights', 'skipped_above', 'check_options',
-           'Format', 'detect_format', 'check_format', 'load_data', 'save_data']
+           'stream_passages', 'WeightConfig', 'negative_weights', 'fill_weights', 'skipped_above',
+           'stream_hub_passages', 'check_options', 'Format', 'detect_format', 'check_format', 'load_data', 'save_data']
 
 # %% ../nbs/23_formats.ipynb #ca9af3db
 import csv
@@ -709,10 +709,14 @@ def stream_passages(
     if not files: raise RowError("the directory holds no file of passages", path)
     for file in files:
         for table in _read_records(file, _PASSAGE_FIELDS, {}, rejected, _PASSAGE_ALIASES):
-            texts = _titled_texts(table).to_pylist()
-            for id, text, line in zip(table["_id"].to_pylist(), texts, table["line"].to_pylist()):
-                if text.strip(): yield id or f"{file.stem}-{line}", text
-                else: _reject_blank({"_id": id, "text": text}, file, line, rejected)
+            yield from _id_and_text(table, file, file.stem, rejected)
+
+def _id_and_text(table, path, prefix, rejected):
+    "Yield id and text of checked records; an id is made of the prefix where there is none."
+    texts = _titled_texts(table).to_pylist()
+    for id, text, line in zip(table["_id"].to_pylist(), texts, table["line"].to_pylist()):
+        if text.strip(): yield id or f"{prefix}-{line}", text
+        else: _reject_blank({"_id": id, "text": text}, path, line, rejected)
 
 def _reject_blank(row, file, line, rejected):
     "Set a passage without a text aside, or raise a RowError."
@@ -1423,16 +1427,18 @@ def _nested_column(table, path):
     return column
 
 # %% ../nbs/23_formats.ipynb #3a578889
+def _hub_stream(path, name, split, revision=None):
+    "Open a data set of the hub such that its rows come one after another."
+    from datasets import load_dataset
+    try: return load_dataset(path, name, split=split, streaming=True, revision=revision)
+    except Exception as e:
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:150]
+        raise RowError(f"cannot be loaded ({reason}); check the network, the configuration "
+                       f"{name!r} and the split", path) from None
+
 def _hub_tables(recipe, size=10_000):
     "Yield the data set in tables under the schema's names."
-    from datasets import load_dataset
-    try:
-        stream = load_dataset(recipe["path"], recipe["name"], split=recipe["split"], streaming=True,
-                              revision=recipe.get("revision"))
-    except Exception as e:
-        reason = str(e).splitlines()[0][:150]
-        raise RowError(f"cannot be loaded ({reason}); check the network, the configuration "
-                       f"{recipe['name']!r} and the split", recipe["path"]) from None
+    stream = _hub_stream(recipe["path"], recipe["name"], recipe["split"], recipe.get("revision"))
     for table in stream.with_format("arrow").iter(batch_size=size):
         known = {column: new for column, new in recipe["columns"].items()
                  if column.split(".")[0] in table.column_names}
@@ -1455,6 +1461,21 @@ def _load_hub(name, rejected, language=None, max_rows=None, nfc=True, **more):
     bad = rejected.count - before if rejected else 0
     counts = {recipe["path"]: {"in": seen, "out": seen - bad, "rejected": bad}}
     return Collection(rows_from(batches), counts=counts)
+
+# %% ../nbs/23_formats.ipynb #23c0b035
+def stream_hub_passages(
+    path: str,                         # name of a data set, or a directory with its layout
+    rejected: Rejected | None = None,  # takes bad passages; None stops at the first
+    config: str | None = None,         # configuration of the data set
+    split: str = "train",              # split of the data set
+    revision: str | None = None,       # branch, tag or commit
+) -> Iterator[tuple[str, str]]:        # id and text
+    "Yield passages of a hub as they arrive; raise `RowError` with data set, row and field."
+    rows = enumerate(_hub_stream(path, config, split, revision), 1)
+    while some := [("row", n, row) for n, row in islice(rows, 1000)]:
+        fields = _RecordFields(_PASSAGE_FIELDS, _PASSAGE_ALIASES)
+        table, _ = _check_records_one_by_one(some, path, fields, rejected)
+        yield from _id_and_text(table, path, split, rejected)
 
 # %% ../nbs/23_formats.ipynb #8284d25b
 _TEXT_COLUMNS = ("prompt", *LABELS, "query_id")   # columns with one text per row

@@ -152,6 +152,8 @@ def write_settings(self: EmbeddedEngine, settings: dict):
 def create(self: EmbeddedEngine, settings: dict):
     "Make the collection and the indexes of its payload, then write the settings."
     points = self.path/_POINTS
+    if settings["sharding"]:
+        raise IndexProblem(f"{self.path}: a directory is one shard; sharding needs a server")
     if (points/"edge_config.json").exists(): shutil.rmtree(points)   # made, but not finished
     if self.path.is_file() or self.path.is_dir() and any(self.path.iterdir()):
         raise IndexProblem(f"{self.path}: there is something else here than an index; "
@@ -338,7 +340,7 @@ def create(self: ServerEngine, settings: dict):
                                   datatype=m.Datatype.FLOAT16, hnsw_config=m.HnswConfigDiff(m=0))
     sparse = {"lexical": m.SparseVectorParams()} if "lexical" in settings["outputs"] else {}
     self.call("create_collection", vectors_config=vectors, sparse_vectors_config=sparse,
-              metadata={"bgem3_nb": settings})
+              metadata={"bgem3_nb": settings}, **settings["sharding"])
     for name, kind in settings["fields"].items():
         with warnings.catch_warnings():     # the client in memory has no payload indexes
             warnings.simplefilter("ignore", UserWarning)
@@ -642,7 +644,8 @@ def check_payload(
 # %% ../nbs/34_hybrid_index.ipynb #4bef19b8
 CHUNKING = {"min_tokens": 200, "max_tokens": 500, "overlap": 50}
 _FORMAT = 1
-_SINCE = {"multi_tokens": 0, "quantization": {}}    # of indexes that were made before these
+# what indexes have that were made before these settings
+_SINCE = {"multi_tokens": 0, "quantization": {}, "sharding": {}}
 
 class HybridIndex:
     "Search an index of chunks. Raises IndexProblem where it cannot be opened as asked."
@@ -697,6 +700,15 @@ def _check_vectors(
         raise IndexProblem(f"quantization is scalar or binary for {' or '.join(sorted(possible))}, "
                            f"not {quantization!r}")
 
+_SHARDING = ("shard_number", "replication_factor", "write_consistency_factor")
+
+def _check_sharding(sharding: dict):   # as for `_new_settings`
+    "Raises IndexProblem naming a setting of the shards that is not possible."
+    wrong = {k: v for k, v in sharding.items() if k not in _SHARDING or type(v) is not int or v < 1}
+    for name, value in wrong.items():
+        raise IndexProblem(f"sharding gives some of {', '.join(_SHARDING)} a number from 1, not "
+                           f"{name!r}: {value!r}")
+
 # %% ../nbs/34_hybrid_index.ipynb #3c037b75
 def _new_settings(
     encoder: M3Encoder,
@@ -709,9 +721,11 @@ def _new_settings(
     model_name: str = "embedded",           # what to load for a search, for `bgem3-search`
     multi_tokens: int = 0,                  # most multi-vectors of a chunk (0 = all)
     quantization: dict[str, str] | None = None,   # "dense" or "multi" → "scalar" or "binary"
+    sharding: dict[str, int] | None = None,   # on a server: some of `_SHARDING` → number
 ) -> dict:
     "Complete the settings of a new index. Raises IndexProblem naming one that is not possible."
     _check_vectors(outputs, multi_tokens, quantization or {})
+    _check_sharding(sharding or {})
     for name, kind in (fields or {}).items():
         if kind not in FIELD_TYPES: raise IndexProblem(
             f"fields: {name} must be one of {', '.join(FIELD_TYPES)}, not {kind!r}")
@@ -728,6 +742,7 @@ def _new_settings(
             "access": json.loads(json.dumps(asdict(access))) if access else None,
             "chunking": {**CHUNKING, **(chunking or {})},
             "multi_tokens": multi_tokens, "quantization": dict(quantization or {}),
+            "sharding": dict(sharding or {}),
             "weights": dict(named_weights(weights or paper)), "no_answer": None}
 
 # %% ../nbs/34_hybrid_index.ipynb #b6d3983f

@@ -9,8 +9,9 @@ __all__ = ['ABBREVIATIONS', 'count_parameters', 'start_pca', 'Examples', 'listin
            'without_diacritics', 'messy_copy', 'new_head', 'with_messy_copies', 'project_all']
 
 # %% ../nbs/16_projection.ipynb #235f1b53
-import hashlib, json, math, random, re, secrets, shutil, unicodedata
+import hashlib, json, math, random, re, secrets, shutil, threading, unicodedata
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -22,7 +23,10 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.modeling_outputs import BaseModelOutput
 
+from .backbone import PackedEncoder
+from .encoders import layer_stack
 from .encoding import M3Encoder
 from .files import set_modes
 from .layouts import about_model, dense_modules, write_modules
@@ -540,6 +544,79 @@ def _padded_states(
     rows = (offsets[places][:, None] + at).clamp(max=len(states) - 1)
     return states[rows].float() * mask[..., None], mask
 
+# %% ../nbs/16_projection.ipynb #16d00001
+def _last_layers(
+    model: M3Model,
+    layers: int,     # how many
+) -> list:           # of modules, the lowest first
+    "List the encoder's last layers. Raises ValueError where it does not have as many."
+    stack = layer_stack(model.encoder)
+    if not 0 < layers <= len(stack):
+        raise ValueError(f"train_layers {layers}: this encoder has {len(stack)} layers")
+    return list(stack[-layers:])
+
+@contextmanager
+def _without_last(
+    encoder: nn.Module,   # a BERT, RoBERTa or XLM-R
+    layers: int,          # how many are removed
+):
+    "Take the last layers out of an encoder, and put them back."
+    stack = encoder.encoder.layer
+    encoder.encoder.layer = stack[:-layers]
+    try: yield
+    finally: encoder.encoder.layer = stack
+
+# %% ../nbs/16_projection.ipynb #16d00002
+class _WholeEncoder:
+    "An encoder of any family, whose states below the last layers are read, or put in."
+    def __init__(self,
+        encoder: nn.Module,   # of transformers; no module of ours, so that it is not trained twice
+        layers: int,          # last layers, which are trained
+    ):
+        stack = layer_stack(encoder)
+        self.encoder, self.below, self.first = encoder, stack[:-layers], stack[-layers]
+        self.outputs, self.here = {}, threading.local()     # batches are encoded side by side
+
+    @contextmanager
+    def reading(self):
+        "Let the encoder give the states that enter the first of the last layers."
+        def keep(layer, args, kwargs):
+            self.here.states = args[0] if args else kwargs["hidden_states"]
+        def note(layer, args, out):
+            self.outputs[layer] = out[1:] if isinstance(out, tuple) else None
+        def give(encoder, args, out): return BaseModelOutput(self.here.states)
+        hooks = [self.first.register_forward_pre_hook(keep, with_kwargs=True),
+                 self.encoder.register_forward_hook(give),
+                 *(layer.register_forward_hook(note) for layer in self.below)]
+        try: yield
+        finally:
+            for hook in hooks: hook.remove()
+        if any(isinstance(x, torch.Tensor) for out in self.outputs.values() for x in out or ()):
+            raise ValueError(f"the first layer of the family {self.encoder.config.model_type} "
+                             "computes what the others take; set train_layers to 0")
+
+# %% ../nbs/16_projection.ipynb #16d00003
+@patch
+def run(self: _WholeEncoder,
+    states: torch.Tensor,   # (b, n, d) that enter the first of the last layers
+    mask: torch.Tensor,     # (b, n) bool, True on tokens
+) -> torch.Tensor:          # (b, n, d) the encoder's last hidden states
+    "Compute the last layers, and what follows them."
+    def enter(layer, args, kwargs):
+        return ((states, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": states})
+    def passing(rest):
+        def forward(hidden_states, *args, **kwargs):
+            return hidden_states if rest is None else (hidden_states, *rest)
+        return forward
+    hook = self.first.register_forward_pre_hook(enter, with_kwargs=True)
+    for layer in self.below: layer.forward = passing(self.outputs[layer])
+    try:
+        ids = torch.zeros_like(mask, dtype=torch.int64)     # their embeddings are not used
+        return self.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    finally:
+        hook.remove()
+        for layer in self.below: del layer.forward
+
 # %% ../nbs/16_projection.ipynb #946ae8a0
 class TopLayers(nn.Module):
     "Compute dense vectors from the last layers, on stored states of the layers below."
@@ -552,16 +629,13 @@ class TopLayers(nn.Module):
         progress: bool = False,       # show a progress bar
     ):
         super().__init__()
-        stack = getattr(getattr(model.encoder, "encoder", None), "layer", None)
-        if stack is None or not 0 < layers <= len(stack):
-            raise ValueError(f"train_layers {layers}: this encoder has {len(stack or [])} layers "
-                             "in encoder.layer")
-        model.requires_grad_(False)
-        self.layers, self.pooling = stack[-layers:].requires_grad_(True), model.config.pooling
+        last, model = _last_layers(model, layers), model.requires_grad_(False)
+        self.layers, self.pooling = nn.ModuleList(last).requires_grad_(True), model.config.pooling
+        plain = PackedEncoder.supports(model.encoder)
+        self.whole = None if plain else _WholeEncoder(model.encoder, layers)
         sides = {"q": (data.queries, model.config.query_prompt),
                  "p": (data.passages, model.config.passage_prompt)}
-        model.encoder.encoder.layer = stack[:-layers]
-        try:
+        with _without_last(model.encoder, layers) if plain else self.whole.reading():
             below = M3Encoder(model, max_length=max_length, dtype=dtype, progress=False,
                               device=next(model.parameters()).device)
             half = below.dtype == torch.float16    # gradients would underflow without a scaler
@@ -571,7 +645,6 @@ class TopLayers(nn.Module):
                 self.register_buffer(name, states.to(below.device), persistent=False)
                 offsets = offsets.to(below.device)
                 self.register_buffer(f"{name}_offsets", offsets, persistent=False)
-        finally: model.encoder.encoder.layer = stack
 
     def queries(self, places): return self.run(self.q, self.q_offsets, places)
     def passages(self, places): return self.run(self.p, self.p_offsets, places)
@@ -593,9 +666,11 @@ def run(self: TopLayers,
     bias = torch.where(mask, 0., torch.finfo(torch.float32).min)[:, None, None]
     narrow = self.dtype != torch.float32
     with torch.autocast(states.device.type, self.dtype, enabled=narrow):
-        for layer in self.layers:
-            hidden = layer(hidden, bias)
-            if isinstance(hidden, tuple): hidden = hidden[0]
+        if self.whole: hidden = self.whole.run(hidden, mask)
+        else:
+            for layer in self.layers:
+                hidden = layer(hidden, bias)
+                if isinstance(hidden, tuple): hidden = hidden[0]
     return F.normalize(pool_states(hidden.float(), mask.long(), self.pooling), dim=-1)
 
 # %% ../nbs/16_projection.ipynb #80d25af2
@@ -608,19 +683,16 @@ class M3WithHead(M3Model):
     ):
         nn.Module.__init__(self)
         width = model.encoder.config.hidden_size
-        stack = getattr(getattr(model.encoder, "encoder", None), "layer", ())
         if head.linear.in_features != width:
             raise ValueError(f"the head takes vectors of width {head.linear.in_features}, "
                              f"the encoder gives {width}")
-        if not 0 <= train_layers <= len(stack):
-            raise ValueError(f"train_layers {train_layers}: this encoder has {len(stack)} layers "
-                             "in encoder.layer")
+        last = _last_layers(model, train_layers) if train_layers else []
         self.encoder, self.tokenizer, self.config = model.encoder, model.tokenizer, model.config
         self.lexical_head, self.multi_head = model.lexical_head, model.multi_head
         self.dense_head, self.skipped = head, model.skipped
         self.register_buffer("special_ids", model.special_ids, persistent=False)
         for part in (self.encoder, self.lexical_head, self.multi_head): part.requires_grad_(False)
-        for part in (head, *stack[len(stack) - train_layers:]): part.requires_grad_(True)
+        for part in (head, *last): part.requires_grad_(True)
 
 # %% ../nbs/16_projection.ipynb #b6dd42cb
 def _write_sentence_files(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Kind', 'WEIGHTS', 'POSTS', 'Refusal', 'Settings', 'Caller', 'Keys', 'encode_ids', 'Job', 'Batcher', 'Arm',
            'hashed_share', 'pick_arm', 'EmbeddingsForm', 'EncodeForm', 'Text', 'RerankForm', 'SearchForm', 'Service',
-           'read_body', 'Guard', 'make_app', 'main']
+           'read_body', 'Guard', 'timed_http', 'make_app', 'main']
 
 # %% ../nbs/36_serving.ipynb #36a00005
 import argparse
@@ -23,8 +23,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import cache, partial
 from hashlib import blake2b, sha256
+from http import HTTPStatus
 from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,12 +76,15 @@ class Settings:
     max_texts: int = 256        # most texts of a request
     max_bytes: int = 8 << 20    # most bytes of a request
     max_requests: int = 512     # most requests at once
-    seconds: float = 30.        # most time for an answer
+    max_connections: int = 800  # most open connections, idle ones included
+    seconds: float = 30.        # most time for an answer, and for its client to read it
+    header_seconds: float = 10. # most time in which a request's headers must arrive
     body_seconds: float = 10.   # most time in which a request's body must arrive
 
     def check(self) -> "Settings":
         "Return itself. Raises ValueError naming a setting that is not possible."
-        limits = "queue_tokens max_texts max_bytes max_requests seconds body_seconds".split()
+        limits = ("queue_tokens max_texts max_bytes max_requests max_connections seconds "
+                  "header_seconds body_seconds").split()
         if bad := [n for n in limits if not getattr(self, n) > 0]:
             raise ValueError(f"{bad[0]} must be larger than 0, not {getattr(self, bad[0])}")
         if not 0 <= self.share <= 1 or self.share and not self.beside:
@@ -627,6 +631,68 @@ def _note(self, scope: dict, seconds: float):
 
 Guard.note = _note
 
+# %% ../nbs/36_serving.ipynb #36a00083
+def _watch(self):
+    "Run the clock while a client sends something that no request begins with yet, or no more."
+    waits = self.cycle is None or self.cycle.response_complete
+    if waits and self.clock is None and not self.transport.is_closing():
+        self.clock = self.loop.call_later(self.limits.header_seconds, self.late)
+    elif self.clock and not waits:
+        self.clock.cancel()
+        self.clock = None
+
+def _late(self):
+    "Close a connection whose headers did not arrive."
+    self.refuse(408, f"the headers did not arrive within {self.limits.header_seconds:g} seconds")
+
+def _refuse(self, status: int, why: str):
+    "Answer before there is a request, and close."
+    if self.transport.is_closing(): return
+    answer = Refusal(status, why, 1).response()
+    answer.headers["connection"] = "close"
+    head = "".join(f"{k.decode()}: {v.decode()}\r\n" for k, v in answer.raw_headers)
+    first = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
+    self.transport.write(f"{first}{head}\r\n".encode() + answer.body)
+    self.transport.close()
+    self.loop.call_later(self.limits.seconds, self.transport.abort)
+
+# %% ../nbs/36_serving.ipynb #36a00082
+@cache
+def _timed_protocol():
+    "Make uvicorn's protocol with a clock for headers; uvicorn is imported when a server starts."
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+    class TimedProtocol(H11Protocol):
+        def __init__(self, limits: Settings, **kwargs):
+            super().__init__(**kwargs)
+            self.limits, self.clock = limits, None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            if len(self.connections) > self.limits.max_connections:
+                return self.refuse(503, "too many connections; come again later")
+            self.watch()
+
+        def data_received(self, data):
+            super().data_received(data)
+            self.watch()
+
+        def connection_lost(self, exc):
+            if self.clock: self.clock.cancel()
+            super().connection_lost(exc)
+
+        def timeout_keep_alive_handler(self):
+            super().timeout_keep_alive_handler()     # closes when the answer has been read
+            self.loop.call_later(self.limits.seconds, self.transport.abort)
+    TimedProtocol.watch, TimedProtocol.late, TimedProtocol.refuse = _watch, _late, _refuse
+    return TimedProtocol
+
+def timed_http(
+    limits: Settings,   # `header_seconds`, `max_connections`, `seconds`
+    **kwargs,           # from uvicorn
+):
+    "Make the protocol of one connection."
+    return _timed_protocol()(limits, **kwargs)
+
 # %% ../nbs/36_serving.ipynb #36a00050
 async def _answer(service: Service, request, work: Callable, form):
     "Answer a request; 504 when it takes too long, 499 in the log when its client has gone."
@@ -768,6 +834,7 @@ def main(argv: list[str] | None = None) -> int:
                               '"bgem3_nb[serve]"') from None
         config = Config(partial(_app_or_exit, settings), host, port, factory=True, workers=1,
                         timeout_graceful_shutdown=ceil(settings.seconds), access_log=False,
+                        http=partial(timed_http, settings), ws="none",
                         log_config=_logging(), timeout_worker_healthcheck=60)
         bound = config.bind_socket()
         bound.listen(2048)       # what comes before a worker is ready waits

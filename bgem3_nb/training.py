@@ -709,6 +709,13 @@ def create_optimizer(self: M3Trainer, model=None):
     return self.optimizer
 
 # %% ../nbs/14_training.ipynb #14d00005
+def _own_share(
+    shared: bool,   # every process has a share
+) -> slice:         # of a list that is the same in every process
+    "Choose the part of a list that this process works on."
+    if not shared or not dist.is_initialized(): return slice(None)
+    return slice(dist.get_rank(), None, dist.get_world_size())
+
 def _encode_shared(
     encode,              # `encode_queries` or `encode_passages` of an encoder
     texts: list[str],    # the same in every process
@@ -716,11 +723,23 @@ def _encode_shared(
     shared: bool,        # every process calls this
 ) -> Embeddings:         # embeddings of all texts, in every process
     "Encode texts, each process its share of them."
-    if not shared or not dist.is_initialized(): return encode(texts, outputs=outputs)
-    world, texts = dist.get_world_size(), list(texts)
-    parts = _gather(encode(texts[dist.get_rank()::world], outputs=outputs))
-    places = [np.arange(rank, len(texts), world) for rank in range(world)]
+    texts, mine = list(texts), _own_share(shared)
+    found = encode(texts[mine], outputs=outputs)
+    if mine == slice(None): return found
+    parts = _gather(found)
+    places = [np.arange(rank, len(texts), len(parts)) for rank in range(len(parts))]
     return Embeddings.concat(parts, np.concatenate(places))
+
+def _all_rows(
+    scores: dict[str, np.ndarray],   # mode to the scores of this process's share of the queries
+    queries: int,                    # number of all queries
+) -> dict[str, np.ndarray]:          # mode to the scores of all queries, in every process
+    "Join the scores of all processes."
+    parts = _gather(scores)
+    joined = {mode: np.empty((queries, s.shape[1]), s.dtype) for mode, s in scores.items()}
+    for rank, part in enumerate(parts):
+        for mode, s in part.items(): joined[mode][rank::len(parts)] = s
+    return joined
 
 # %% ../nbs/14_training.ipynb #f59f119d
 def search_scores(
@@ -728,21 +747,22 @@ def search_scores(
     data,             # `queries` and `passages`, lists of texts
     args: M3TrainingArguments,   # modes, length, precision and device
     widths: tuple = (),          # also score the dense vectors truncated to these widths
-    shared: bool = False,        # every process calls this, and encodes a part of the texts
+    shared: bool = False,        # every process calls this, and does a part of the work
 ) -> dict[str, np.ndarray]:      # mode, or "dense@width", to (queries, passages)
     """Score a validation set in every trained mode, in the precision of training; on a GPU, MaxSim
     is in fp32, as its time is that of copying the vectors there."""
     length = min(args.search_length, max_positions(model.encoder) or args.search_length)
     encoder = M3Encoder(model, max_length=length, device=args.device, dtype=args.dtype,
                         progress=not args.disable_tqdm)
-    queries = _encode_shared(encoder.encode_queries, data.queries, args.modes, shared)
+    mine = _own_share(shared)
+    queries = encoder.encode_queries(list(data.queries)[mine], outputs=args.modes)
     passages = _encode_shared(encoder.encode_passages, data.passages, args.modes, shared)
     dtype = torch.bfloat16 if args.use_cpu and args.bf16 else torch.float32
     scores = all_scores(queries, passages, dtype=dtype, device=args.device)
     for w in widths if "dense" in args.modes else ():
         q, p = (unit_vectors(side.dense[:, :w]) for side in (queries, passages))
         scores[f"dense@{w}"] = q @ p.T
-    return scores
+    return _all_rows(scores, len(data.queries)) if mine != slice(None) else scores
 
 @patch
 def evaluate(self: M3Trainer,

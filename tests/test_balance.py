@@ -167,9 +167,25 @@ def test_fill_keeps_what_is_given_and_all_columns():
                       {"query": "good morning everyone", "pos": "p", "language": "fr"}])
     got, counts = fill_languages(rows)
     assert got["language"][:] == ["vi", "fr"] and got["neg_types"][0] == [["price"]] and counts == {
-        "given": 1, "filled": 1, "empty": 0}
+        "given": 1, "filled": 1, "usual": 0, "empty": 0}
     assert fill_languages(
         rows, overwrite=True)[0]["language"][:] == ["vi", "en"] and len(fill_languages(rows.select([]))[0]) == 0
+
+
+def test_unsure_queries_take_the_usual_language_of_their_script():
+    vietnamese = [f"Nhân viên được nghỉ phép năm bao nhiêu ngày trong năm {y}?" for y in range(2000, 2012)]
+    unsure = ["moi nam duoc bao nhieu ngay phep", "camera luu bao nhieu ngay"]
+    other = ["Combien de jours de congé par an pour un employé ?", "كم عدد أيام الإجازة السنوية؟", "2019/45"]
+    def languages(queries):
+        rows, counts = fill_languages(make_rows([{"query": q, "pos": "p"} for q in queries]))
+        return rows["language"][:], counts
+    got, counts = languages(vietnamese + unsure + other)
+    assert got == ["vi"] * 14 + ["fr", "ar", ""] and counts["usual"] == 2
+    english = [f"How many days of annual leave did the company grant in {y}?" for y in range(2000, 2012)]
+    for queries in (vietnamese[:9] + unsure, vietnamese + unsure + english):     # too few; no usual language
+        alone, sure = identify_languages(queries)
+        assert languages(queries) == ([c if s >= .5 else "" for c, s in zip(alone, sure)], {
+            "given": 0, "filled": int((sure >= .5).sum()), "usual": 0, "empty": int((sure < .5).sum())})
 
 
 def test_nothing_of_the_machine_decides(monkeypatch):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.sparse import random as random_sparse
+from tiny_run import found_first
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BartConfig, BartModel, TrainerCallback
+from transformers import BartConfig, BartModel, RobertaConfig, RobertaModel, TrainerCallback
 from transformers.utils import logging
 
 from bgem3_nb import exact_search, scoring
@@ -18,6 +19,7 @@ from bgem3_nb.encoders import FAMILIES, layer_stack, tiny_checkpoint
 from bgem3_nb.encoding import Embeddings, is_out_of_memory, M3Encoder
 from bgem3_nb.exact_search import top_dense
 from bgem3_nb.model import M3Model, max_positions, POOLINGS
+from bgem3_nb.projection import Examples, TopLayers
 from bgem3_nb.scoring import _best_matches, _lexical_on, _segment_maxima, lexical_scores, maxsim_scores
 from bgem3_nb.training import M3Trainer, M3TrainingArguments
 
@@ -204,6 +206,30 @@ def test_layers_are_frozen_and_adapters_merged(family, checkpoint, tmp_path):
     np.testing.assert_allclose(encoder_of(model).encode(TEXTS).dense, adapted, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_layer_is_trained_on_kept_states(family, checkpoint):
+    """From states that were read once, the last layer gives the vectors of the whole encoder, and it alone has a
+    gradient; the encoder uses what it learns."""
+    model = load(checkpoint(family), family)
+    data = Examples.from_rows([{"query": r["query"], "pos": r["pos"], "neg": [TEXTS[4]]} for r in ROWS])
+    if refused := {"ALBERT": "no layers that can", "T5": "computes what the others take"}.get(family):
+        with pytest.raises(ValueError, match=refused): TopLayers(model, 1, data, dtype=torch.float32)
+        return
+    wanted = encoder_of(model, max_length=48).encode(data.passages).dense
+    top = TopLayers(model, 1, data, max_length=48, dtype=torch.float32)
+    found = top.passages(torch.arange(len(data.passages)))
+    np.testing.assert_allclose(found.detach(), wanted, atol=2e-3)      # the states are kept in fp16
+    np.testing.assert_allclose(top.passages(torch.tensor([2])).detach(), found[2:3].detach(), atol=1e-5)
+    (found @ torch.randn(found.shape[1])).sum().backward()
+    learning = {p for p in model.parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert learning and learning <= set(layer_stack(model.encoder)[-1].parameters())
+    with torch.no_grad():
+        for p in layer_stack(model.encoder)[-1].parameters(): p.add_(.1 * torch.randn_like(p))
+    changed = encoder_of(model, max_length=48).encode(data.passages).dense
+    assert abs(changed - wanted).max() > 1e-2
+    np.testing.assert_allclose(top.passages(torch.arange(len(data.passages))).detach(), changed, atol=5e-3)
+
+
 # What cannot be, and what is passed on
 
 def test_an_encoder_with_a_decoder_is_refused_in_a_sentence(checkpoint, tmp_path):
@@ -225,6 +251,31 @@ def test_positions_behind_the_paddings_are_counted(family, checkpoint):
     encoder = encoder_of(load(checkpoint(family), family))
     assert max_positions(encoder.model.encoder) == encoder.max_length == 64      # of 66 rows
     with pytest.warns(UserWarning, match="longer than 64 tokens"): encoder.encode(["nghỉ phép " * 80])
+
+
+def test_lengths_beyond_the_positions_are_lowered_before_the_first_step(checkpoint, tmp_path):
+    "258 rows of positions, as PhoBERT has them, are 256 tokens; the defaults ask for 512 in a validation."
+    tokenizer = load(checkpoint("RoBERTa"), "RoBERTa").tokenizer
+    config = RobertaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           intermediate_size=16, max_position_embeddings=258, pad_token_id=tokenizer.pad_token_id)
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "phobert")
+    tokenizer.save_pretrained(tmp_path / "phobert")
+    model = load(tmp_path / "phobert", "RoBERTa")
+    assert encoder_of(model).max_length == 256
+    rows = [{"query": r["query"], "pos": [r["pos"][0] + " nghỉ phép" * 400]} for r in ROWS]
+    search = SimpleNamespace(queries=[r["query"] for r in rows], passages=[r["pos"][0] for r in rows],
+                             qrels=[{i} for i in range(len(rows))])
+    asked = [{"search_length": M3TrainingArguments.search_length}, {"passage_length": 300}]
+    for settings in asked:
+        [(name, length)] = settings.items()
+        args = model_arguments(tmp_path / "run", **settings)
+        with pytest.warns(UserWarning, match=f"^{name} is 256, not {length}: this model has no more positions$"):
+            trainer = M3Trainer(model, args, train_dataset=rows, eval_dataset=search, compute_metrics=found_first)
+        assert trainer.state.global_step == 0 and getattr(trainer.args, name) == 256
+        trainer.train()
+        assert "eval_dense_R@1" in trainer.evaluate()
+    with pytest.raises(ValueError, match="max_length 300 is not possible: .* for 3 to 256 tokens"):
+        encoder_of(model, max_length=300).encode(TEXTS)
 
 
 def test_dtype_and_attention_are_passed_on(checkpoint):

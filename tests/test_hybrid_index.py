@@ -441,6 +441,23 @@ def test_fewer_and_coarser_multi_vectors(encoder, filled, tmp_path):
         with pytest.raises(IndexProblem, match=said): HybridIndex(tmp_path / "wrong", encoder, **wrong)
 
 
+def test_a_server_is_told_how_many_shards(encoder, tmp_path, monkeypatch):
+    "The names are those of the request that the client sends; the engine in memory is one shard, and stays equal."
+    client, asked = qdrant_client.QdrantClient(":memory:"), {}
+    create = client.create_collection
+    monkeypatch.setattr(client, "create_collection", lambda *args, **how: create(*args, **(asked.update(how) or how)))
+    sharding = {"shard_number": 4, "replication_factor": 2, "write_consistency_factor": 1}
+    index = HybridIndex(client, encoder, sharding=sharding)
+    assert sharding.items() <= asked.items()
+    assert sharding.keys() <= qdrant_client.models.CreateCollection.model_fields.keys()
+    index.upsert([{"id": str(n), "text": f"lương {n}"} for n in range(4)])
+    assert HybridIndex(client, encoder).search("lương 2", 1)[0].id == "2"
+    with pytest.raises(IndexProblem, match="sharding"): HybridIndex(client, encoder, sharding={"shard_number": 5})
+    for place, wrong, said in ((client, {"shards": 4}, "'shards': 4"), (client, {"shard_number": 0}, "from 1"),
+                               (tmp_path / "i", {"shard_number": 4}, "a directory is one shard")):
+        with pytest.raises(IndexProblem, match=said): HybridIndex(place, encoder, "other", sharding=wrong)
+
+
 def test_a_server_that_goes_away(encoder, monkeypatch):
     "A port that nobody listens on, and a server that stops between two batches: what was acknowledged stays."
     with pytest.raises(IndexProblem, match="http://127.0.0.1:9/chunks: the server does not answer"):

@@ -52,8 +52,8 @@ def own_params():
 
 def test_every_job_has_its_parameters_tag_after_cleaning():
     "nbdev_clean strips tags unless settings.ini keeps them; a notebook without the tag is no job any more."
-    assert list(own_jobs()) == ["prepare", "mine", "train", "project", "evaluate", "index", "encode", "specialist",
-                                "compare", "ablation", "negatives", "recipe"]
+    assert list(own_jobs()) == ["prepare", "mine", "train", "project", "evaluate", "index", "encode", "distil",
+                                "specialist", "compare", "ablation", "negatives", "recipe"]
     for path in own_jobs().values():
         tags = [t for c in json.loads(path.read_text(encoding="utf-8"))["cells"] for t in c["metadata"].get("tags", [])]
         assert tags == ["parameters"], path.name
@@ -69,7 +69,8 @@ def test_every_parameter_file_fits_a_job():
 
 # What a name means in one job alone; everywhere else it means what it means in all other jobs.
 OWN_MEANING = {("compare", "data"), ("prepare", "test"), ("project", "source"), ("negatives", "source_options"),
-               ("index", "source"), ("encode", "source"), ("mine", "distractors"),
+               ("index", "source"), ("encode", "source"), ("distil", "source"), ("mine", "distractors"),
+               ("distil", "batch_size"),
                ("project", "learning_rate"), ("compare", "passage_length"),
                ("train", "test"), ("train", "valid"), ("specialist", "language"), ("project", "epochs"),
                ("evaluate", "modes"), ("project", "matryoshka")}

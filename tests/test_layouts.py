@@ -1,4 +1,5 @@
-"""One saved directory opens right in every installed library: new heads, training, a projection, merged adapters."""
+"""One saved directory opens right in every installed library: new heads, training, a projection, merged adapters,
+fewer layers. A trimmed vocabulary is in `test_smaller.py`, since it needs a tokenizer that can be trimmed."""
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from tiny_words import expanding, projected, TEXTS, tiny, tiny_tokenizer
 
 from bgem3_nb.adapters import add_lora, merge_lora
 from bgem3_nb.encoding import M3Encoder
+from bgem3_nb.layers import take_layers
 from bgem3_nb.layouts import flag_arguments
 from bgem3_nb.model import M3Model
 
@@ -50,6 +52,7 @@ MODELS = {
     "mean": tiny, "last": lambda t: tiny(t, "last"), "cls, narrow multi-vectors": lambda t: tiny(t, "cls", multi_dim=8),
     "projection": lambda t: projected(t, False), "projection with bias and norm": lambda t: projected(t, True),
     "trained": trained, "adapters merged": merged, "expansion": expanding,
+    "fewer layers": lambda t: take_layers(tiny(t), 1),
 }
 
 

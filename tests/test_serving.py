@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,7 +36,8 @@ pytest.importorskip("prometheus_client")
 TEXTS = ["Nhân viên được nghỉ mười hai ngày phép.", "mật khẩu", "lương tháng mười ba"]
 KEYS = {"all": {"key": "key of those who see all", "levels": ["public", "secret"]},
         "some": {"key": "key of those who see some", "levels": ["public"]}}
-LIMITS = ["--max-bytes", "20000", "--max-texts", "8", "--body-seconds", "1", "--queue-tokens", "400"]
+LIMITS = ["--max-bytes", "20000", "--max-texts", "8", "--body-seconds", "1", "--queue-tokens", "400",
+          "--header-seconds", "4", "--max-connections", "150"]
 
 
 class Server:
@@ -90,6 +92,7 @@ def folder(tmp_path_factory):
             model.save_pretrained(d / "new")
         with HybridIndex(d / f"{name}_index", M3Encoder(model, progress=False), fields={"year": "integer"},
                          access=Access(("public", "secret"))) as index: index.upsert(rows)
+    shutil.copytree(d / "old_index", d / "onnx_index")       # an index has one server
     return d
 
 
@@ -102,6 +105,7 @@ def server(folder):
     "Two models side by side with their indexes, a key for each reader, small limits."
     s = Server(folder / "log", folder / "old", "--index", folder / "old_index", "--beside", folder / "new",
                "--beside-index", folder / "new_index", "--share", ".3", "--keys", folder / "keys.json", *LIMITS)
+    assert httpx.get(f"{s.address}/ready", timeout=300).status_code == 200
     yield s
     assert s.stop() == 0
     log = s.log.read_text()
@@ -232,6 +236,48 @@ def test_clients_that_misbehave(server, web):
     assert web.get("/ready").status_code == 200
 
 
+def until_closed(s, pause=.2):
+    "What a connection is told, while a letter more is sent every moment; and after how many seconds it is closed."
+    start, said = time.monotonic(), b""
+    s.settimeout(pause)
+    while time.monotonic() - start < 40:
+        try:
+            if not (part := s.recv(999)): break
+            said += part
+        except TimeoutError:
+            try: s.sendall(b"a")
+            except OSError: break
+        except OSError: break
+    return said, time.monotonic() - start
+
+
+def test_headers_that_never_end(server, web):
+    "One letter after another, nothing at all, a second request, and a body that goes on after its answer."
+    head = b"GET /ready HTTP/1.1\r\nHost: a\r\n"
+    ways = {"first": head + b"X-A: a", "nothing": b"", "second": head + b"\r\n" + head + b"X-A: ",
+            "body": b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n"}
+    with ThreadPoolExecutor(4) as pool:
+        found = dict(zip(ways, pool.map(until_closed, map(server.raw, ways.values()))))
+    for way, (said, seconds) in found.items(): assert seconds < 20, (way, said)
+    assert found["first"][0].startswith(b"HTTP/1.1 408 Request Timeout") and b"within 4 seconds" in found["first"][0]
+    assert found["first"][1] > 3
+    assert found["second"][0].startswith(b"HTTP/1.1 200") and found["body"][0].startswith(b"HTTP/1.1 404")
+    assert web.get("/ready").status_code == 200
+
+
+def test_too_many_connections(server):
+    "Those beyond the limit are told to come again, and when the idle ones are closed the server answers as before."
+    held = [server.raw(b"") for _ in range(160)]
+    try: assert held[-1].recv(99).startswith(b"HTTP/1.1 503")
+    finally:
+        for s in held: s.close()
+    with server.web() as fresh:
+        for _ in range(40):
+            if (status := fresh.get("/ready").status_code) == 200: break
+            time.sleep(.25)
+    assert status == 200
+
+
 def test_many_at_once_all_get_their_own(server, encoder):
     "Fifty clients: what is refused says when to come again, what is answered is right."
     texts = [" ".join(random.Random(i).choices(TEXTS[0].split(), k=1 + i % 30)) for i in range(120)]
@@ -319,7 +365,7 @@ def test_a_killed_worker_costs_its_own_requests_only(server, web):
 
 def test_stopping_finishes_what_was_accepted(folder):
     "With the exported model and its index, which is searched without the model's weights."
-    server = Server(folder / "log2", folder / "onnx", "--index", folder / "old_index", "--keys",
+    server = Server(folder / "log2", folder / "onnx", "--index", folder / "onnx_index", "--keys",
                     folder / "keys.json", "--batch-tokens", "8")
     with server.web() as web:
         assert [h["id"] for h in web.post("/search", json={"query": TEXTS[1]}).json()["hits"]][0] == "1"

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, XLMRobertaConfig, XLMRobertaModel
 
+from bgem3_nb import training
 from bgem3_nb.backbone import embedded_path, load_backbone
+from bgem3_nb.encoding import M3Encoder
 from bgem3_nb.model import M3Config, M3Model, init_heads
 from bgem3_nb.training import M3Trainer, M3TrainingArguments
 
@@ -77,10 +79,61 @@ def gradients(out, cached):
         kept["loss"] = torch.tensor(next(h["loss"] for h in run.state.log_history if "loss" in h))
         kept["found"] = found
         torch.save(kept, Path(out) / f"gradients-{world}-{int(cached)}.pt")
-    if torch.distributed.is_initialized():     # its threads can abort a process that ends, after all is written
-        torch.distributed.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(0)
+    leave()
+
+
+def half(out):
+    """Eight steps in fp16, and the same from the fourth on; of every process, its weights before and after, the steps
+    that it skipped, and its texts and scores of a validation. The loss of the third step is scaled far too much in
+    every process, and that of the sixth in the last process alone."""
+    world, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("RANK", 0)))
+    settings = dict(max_steps=8, per_device_train_batch_size=8 // world, cached=True, chunk_tokens=200, negatives=0,
+                    precision="fp16", optim="sgd", learning_rate=.02, save_strategy="steps", save_steps=4)
+    def weights(run): return {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}
+    def skipped(run): return [h["skipped_steps"] for h in run.state.log_history if "loss" in h]
+
+    class Scale(TrainerCallback):
+        def __init__(self, scaler): self.scaler = scaler
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            factors = {2: 2.**60, 3: 2.**9, 6: 2.**7} | ({5: 2.**60} if rank == world - 1 else {})
+            if state.global_step in factors: self.scaler.update(factors[state.global_step])
+
+    def ready(scale):
+        run = trainer(out, **settings)
+        run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        run.add_callback(Scale(run.accelerator.scaler))
+        return run
+    run = ready(2.**8)
+    kept = {"before": weights(run)}
+    encode, score, kept["encoded"], kept["scored"] = M3Encoder.encode_counted, training.all_scores, 0, 0
+
+    def counted(self, texts, *more, **named):
+        kept["encoded"] += len(texts)
+        return encode(self, texts, *more, **named)
+
+    def scored(queries, *more, **named):
+        kept["scored"] += len(queries)
+        return score(queries, *more, **named)
+    M3Encoder.encode_counted, training.all_scores = counted, scored
+    kept["found"] = torch.tensor([v for k, v in sorted(run.evaluate().items()) if k.endswith("R@1")])
+    run.train()
+    kept |= {"after": weights(run), "skipped": skipped(run), "scale": run.accelerator.scaler.get_scale()}
+    again = ready(1.)
+    again.train(resume_from_checkpoint=Path(out) / "checkpoint-4")
+    kept |= {"resumed": weights(again), "resumed_skipped": skipped(again),
+             "resumed_scale": again.accelerator.scaler.get_scale()}
+    torch.save(kept, Path(out) / f"half-{world}-{rank}.pt")
+    leave()
+
+
+def leave():
+    "End a process of several: its threads can abort one that ends by itself, after all is written."
+    if not torch.distributed.is_initialized(): return
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def tracked(out):
@@ -92,4 +145,5 @@ def tracked(out):
 if __name__ == "__main__":
     if sys.argv[1] == "whole": whole(sys.argv[2])
     elif sys.argv[1] == "tracked": tracked(sys.argv[2])
+    elif sys.argv[1] == "half": half(sys.argv[2])
     else: gradients(sys.argv[2], sys.argv[3] == "cached")

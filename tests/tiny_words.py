@@ -22,9 +22,9 @@ def tiny_tokenizer():
                                    sep_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
-def tiny(tokenizer, pooling="mean", positions=42, **settings):
+def tiny(tokenizer, pooling="mean", positions=42, heads=4, **settings):
     torch.manual_seed(0)
-    config = XLMRobertaConfig(vocab_size=WORDS + 4, hidden_size=D, num_hidden_layers=2, num_attention_heads=4,
+    config = XLMRobertaConfig(vocab_size=WORDS + 4, hidden_size=D, num_hidden_layers=2, num_attention_heads=heads,
                               intermediate_size=48, max_position_embeddings=positions, pad_token_id=1, bos_token_id=0,
                               eos_token_id=2)
     model = M3Model(XLMRobertaModel(config, add_pooling_layer=False), tokenizer,
