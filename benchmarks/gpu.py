@@ -165,7 +165,8 @@ def train(told, device):
     tiny, found = told["tiny"], {}
     for case in ("unified, ours", "unified, ours, cached", "unified, FlagEmbedding"):
         asked = {"folder": told["folder"], "length": 24 if tiny else 256, "embeddings": False,
-                 "steps": 2 if tiny else 5, "limit": 400., "batch": 4 if tiny else 32, "pairs": 8 if tiny else 64, "precision": "auto"}
+                 "steps": 2 if tiny else 5, "limit": 400., "batch": 4 if tiny else 32,
+                 "pairs": 8 if tiny else 64, "precision": "auto"}
         found[case] = child(asked | {"case": case})
         if found[case] is None: print(f"{case:28} does not fit")
         else: print(f"{case:28}{min(found[case]['seconds']):8.3f} s a step{found[case]['peak']:8.2f} GB", flush=True)

@@ -711,7 +711,7 @@ def create_optimizer(self: M3Trainer, model=None):
 # %% ../nbs/14_training.ipynb #14d00005
 def _own_share(
     shared: bool,   # every process has a share
-) -> slice:         # of a list that is the same in every process
+) -> slice:         # part of a list that is the same in every process
     "Choose the part of a list that this process works on."
     if not shared or not dist.is_initialized(): return slice(None)
     return slice(dist.get_rank(), None, dist.get_world_size())
