@@ -215,8 +215,8 @@ def draw(self:ChainResults,
     from matplotlib.pyplot import subplots
     figure_style()
     sets = sets or self.set_names(step)
-    fig, axes = subplots(1, len(sets), figsize=(3.6 * len(sets) + 1, 2.9), squeeze=False,
-                         sharey=True)
+    fig, axes = subplots(1, len(sets), figsize=(3.6 * len(sets) + 1, 2.9),
+                         squeeze=False, sharey=True)
     for ax, name in zip(axes[0], sets):
         words = self.modes(name, "BM25", step)
         before = words | self.modes(name, self.model_names(step)[0], step)

@@ -14,6 +14,7 @@ from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from hashlib import blake2b
 from html import escape
 from pathlib import Path
@@ -21,8 +22,9 @@ from typing import Any
 
 from .files import replace_file
 from .jobs import (
-    about_job, closest, execute_plan, find_jobs, find_params, html_table, job_notebook, job_params,
-    JobError, JobFailed, JobPlan, Place, plan_job, read_params, summary_text, with_stamps)
+    about_job, check_divides, closest, execute_plan, find_jobs, find_params, html_table,
+    job_notebook, job_params, JobError, JobFailed, JobPlan, Place, plan_job, read_params,
+    run_in_processes, summary_text, with_stamps)
 
 # %% ../nbs/49_chains.ipynb #c4a2000b
 @dataclass
@@ -269,6 +271,36 @@ def _pull_words(argv):
         words.append((argv.pop(0), argv.pop(0)))
     return words, rest
 
+# %% ../nbs/49_chains.ipynb #84b00008
+def _add_processes(p):
+    "Add the options of several processes to a parser."
+    p.add_argument("--nproc", type=int, default=1,
+                   help="number of processes on this machine, one for each GPU (default: 1)")
+    p.add_argument("--nnodes", type=int, default=1,
+                   help="number of machines, each of which runs this command")
+    p.add_argument("--node-rank", type=int, default=0, help="number of this machine, from 0")
+    p.add_argument("--rdzv-endpoint", default="", metavar="HOST:PORT",
+                   help="where the machines meet: a free port of machine 0")
+
+
+def _processes(args, plan=None):
+    "Return the processes that the options ask for, or None for one. Raises `JobError`."
+    if (args.nproc, args.nnodes, args.node_rank, args.rdzv_endpoint) == (1, 1, 0, ""): return None
+    from bgem3_nb.several_gpus import Processes
+    try: found = Processes(args.nproc, args.nnodes, args.node_rank, args.rdzv_endpoint)
+    except ValueError as e: raise JobError(str(e)) from None
+    if plan is None: raise JobError("--nproc is for one job, such as bgem3-job train --nproc 2")
+    check_divides(plan)
+    return found
+
+
+def _join(plan, processes, progress):
+    "Run this machine's part of a job whose results another machine writes."
+    code, error = run_in_processes(processes, plan, None, progress)
+    if code: raise JobFailed(f"job {plan.name!r} {error}", plan.out/"logs", code)
+    print(f"bgem3-job: {plan.name}: this machine's part has ended; its logs are in "
+          f"{plan.out/'logs'}", file=sys.stderr)
+
 # %% ../nbs/49_chains.ipynb #8c1d0e42
 def _list_jobs():
     "Print all jobs."
@@ -314,6 +346,7 @@ def _parser():
     p.add_argument("--no-progress", action="store_true",
                    help="no section titles, no progress bars (progress=False, where a job has it)")
     p.add_argument("--hide-code", action="store_true", help="leave the code out of the HTML page")
+    _add_processes(p)
     return p
 
 # %% ../nbs/49_chains.ipynb #8c1d0e43
@@ -326,13 +359,17 @@ def _command(argv):
     if args.job == "params" and not args.of: raise JobError("name a job: bgem3-job params NAME")
     if args.job == "params" or asks_help and args.job != "list":
         return _list_params(args.of or args.job)
+    if args.job in ("run", "list"): _processes(args)     # refuses several
     if args.job == "run": return _run_command(args, words)
     if args.smoke: raise JobError("--smoke is for a chain; bgem3-job run CHAIN --smoke")
     if args.of: raise JobError(f"one job at a time: {args.of!r} is one too many")
     if args.job == "list": return _list_jobs()
     plan = plan_job(args.job, args.file, words, out=args.out)
-    if args.dry_run: return print(plan)
-    done = execute_plan(plan, args.force, not args.no_progress, args.hide_code)
+    processes, progress = _processes(args, plan), not args.no_progress
+    if args.dry_run: return print(plan, *[f"processes: {processes}"] * bool(processes), sep="\n")
+    if processes and processes.node_rank: return _join(plan, processes, progress)
+    run = partial(run_in_processes, processes) if processes else None
+    done = execute_plan(plan, args.force, progress, args.hide_code, run)
     page = done.with_suffix(".html").name
     print(f"bgem3-job: {args.job} finished: {done} and {page}", file=sys.stderr)
 
@@ -365,7 +402,8 @@ def main(
     except JobError as e: message, code = str(e), 1
     except JobFailed as e:
         what = ", with the full traceback" if e.notebook.stem.endswith(".failed") else ""
-        read_on = f"bgem3-job: the executed notebook{what}: {e.notebook}"
+        kind = "executed notebook" if e.notebook.suffix == ".ipynb" else "output of its processes"
+        read_on = f"bgem3-job: the {kind}{what}: {e.notebook}"
         message, code = f"{e}\n{read_on}", e.code
     except KeyboardInterrupt: message, code = "stopped", 130
     except BrokenPipeError: return 141  # `bgem3-job list | head -1`

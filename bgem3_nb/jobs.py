@@ -6,8 +6,8 @@
 __all__ = ['RENAMED', 'JobError', 'job_roots', 'is_job', 'find_jobs', 'about_job', 'Fields', 'JobParam', 'job_params', 'Unsure',
            'Misfit', 'fit_value', 'closest', 'from_text', 'find_params', 'Place', 'read_params', 'JobPlan',
            'job_notebook', 'plan_job', 'part_path', 'with_stamps', 'part_result', 'run_directory', 'JobFailed',
-           'execute_plan', 'summary_text', 'unmet_requirements', 'run_job', 'html_table', 'JobSummary',
-           'ParameterTable', 'JobReport']
+           'execute_plan', 'check_divides', 'run_process', 'run_in_processes', 'summary_text', 'unmet_requirements',
+           'run_job', 'html_table', 'JobSummary', 'ParameterTable', 'JobReport']
 
 # %% ../nbs/48_jobs.ipynb #e9dddd07
 import ast
@@ -18,6 +18,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass
@@ -582,6 +583,9 @@ def plan_job(
         if k != "out" and (own := _own_data(v)) != v:
             values[k], origins[k] = own, f"{origins[k]} (the project's own data)"
     values["out"] = _at_home(values["out"] or f"data/runs/{name}")
+    if "://" in values["out"]:
+        raise JobError(f"{values['out']}: the run's directory is on this machine; "
+                       "-p checkpoints URL, where a job has it, keeps copies elsewhere")
     return JobPlan(name, path, values, origins, Path(values["out"]))
 
 # %% ../nbs/48_jobs.ipynb #26ac719e
@@ -868,13 +872,14 @@ def execute_plan(
     force: bool = False,      # overwrite a finished run
     progress: bool = True,    # show section titles and progress bars
     hide_code: bool = False,  # leave the code out of the HTML page
+    run: Callable | None = None,  # runs the cells, such as `run_in_processes` (None: a kernel)
 ) -> Path:                    # executed notebook
     "Run a plan. Raises `JobFailed` if its notebook fails or a requirement is not met."
     for module in ("papermill", "ipykernel", "nbconvert"): _needs(module)
     running, done, failed, page = map(plan.file, _SUFFIXES)
     with run_directory(plan, force):
         _needs("nbformat").write(_prepared(plan.notebook), running)
-        code, error = _run_cells(plan, running, progress)
+        code, error = (run or _run_cells)(plan, running, progress)
         _settle(running, done if code == 0 else failed, plan)
         if code: raise JobFailed(f"job {plan.name!r} {error}", failed, code)
         _write_html(done, page, hide_code)
@@ -924,6 +929,84 @@ def _fault(error, started):
     if "Dead" in type(error).__name__:
         return f"failed: the kernel is gone: {error} (out of memory?)"
     return f"failed: {error}"
+
+# %% ../nbs/48_jobs.ipynb #84b00002
+_LEAVES = re.compile(r"^leave_to_first\(", re.M)
+
+
+def check_divides(
+    plan: JobPlan,
+):
+    "Raise `JobError` if the job cannot run in several processes."
+    if any(_LEAVES.search(c["source"]) for c in _cells(plan.notebook)): return
+    able = [n for n, path in find_jobs().items()
+            if any(_LEAVES.search(c["source"]) for c in _cells(path))]
+    raise JobError(f"job {plan.name!r} runs in one process, as its work is not divided; "
+                   f"--nproc is for: {', '.join(able)}")
+
+# %% ../nbs/48_jobs.ipynb #84b00004
+_FIGURE = re.compile(r"^#\|\s*echo:\s*false", re.M)
+
+
+def _write_to(log):
+    "Let everything that this process prints go into a file."
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    for stream in (1, 2): os.dup2(file, stream)
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_DFL)
+    os.environ |= {"MPLBACKEND": "agg", "TQDM_DISABLE": "1"}
+
+
+def _run_code(plan, rank):
+    "Run the code of a notebook without a kernel; return the exit code and what went wrong."
+    from bgem3_nb.several_gpus import lost_connection
+    _write_to(plan.out/"logs"/f"process-{rank}.log")
+    names, quiet = {"__name__": "__main__"}, {"progress"} & plan.values.keys()
+    try:
+        for i, cell in enumerate(_prepared(plan.notebook).cells):
+            if cell.cell_type != "code" or _FIGURE.search(cell.source): continue
+            exec(compile(cell.source, f"<cell {i}>", "exec"), names)
+            if "parameters" in cell.metadata.get("tags", []):
+                names |= plan.values | dict.fromkeys(quiet, False)
+        return 0, ""
+    except SystemExit as e: return int(bool(e.code)), f"ended with {e.code}"   # leave_to_first
+    except Exception as e:
+        traceback.print_exc()
+        said = f"{type(e).__name__}: {e}".strip().splitlines()[0]
+        if lost_connection(str(e)): time.sleep(20)    # the one that is gone is the cause
+        return 1, said
+
+# %% ../nbs/48_jobs.ipynb #84b00006
+_PROCESS = "import sys; from bgem3_nb.jobs import run_process; run_process(sys.argv[1])"
+
+
+def run_process(
+    task: str,   # plan and `progress` in JSON, from `run_in_processes`
+):
+    "Run one of several processes of a job, and end it with its exit code."
+    from bgem3_nb.several_gpus import report_failure
+    *fields_, progress = json.loads(task)
+    plan, rank = JobPlan(*fields_), int(os.environ["RANK"])
+    plan.notebook, plan.out = Path(plan.notebook), Path(plan.out)
+    if rank == 0: code, error = _run_cells(plan, plan.file(".running.ipynb"), progress)
+    else: code, error = _run_code(plan, rank)
+    if code == 1: report_failure(error)
+    for stream in (sys.stdout, sys.stderr): stream.flush()
+    os._exit(code)
+
+
+def run_in_processes(
+    processes: Any,    # `several_gpus.Processes`
+    plan: JobPlan,
+    running: Path | None,   # notebook that the first process executes in place (None: elsewhere)
+    progress: bool,    # show section titles and progress bars
+) -> tuple[int, str]:  # exit code, and what went wrong
+    "Run the cells of a plan in several processes."
+    from bgem3_nb.several_gpus import launch
+    os.environ["PYTHONPATH"] = _kernel_environment(progress)["PYTHONPATH"]
+    task = [plan.name, str(plan.notebook), plan.values, plan.origins, str(plan.out), progress]
+    try: return launch(processes, [sys.executable, "-c", _PROCESS, json.dumps(task)])
+    except ValueError as e: return 1, f"failed: {e}"
 
 # %% ../nbs/48_jobs.ipynb #27f3accc
 _FOLDED = re.compile(r"^#\|\s*(hide\b|echo:\s*false|code-fold:\s*true)", re.M)

@@ -18,6 +18,7 @@ from .encoding import M3Encoder
 from .exact_search import refuse_renamed
 from .mining import mine_hard_negatives
 from .rows import rows_from
+from .training import from_first
 
 # %% ../nbs/33_online_mining.ipynb #6e3aac38
 @refuse_renamed(n="num_negatives", order="sampling_strategy")
@@ -46,8 +47,10 @@ class MineBetweenEpochs(TrainerCallback):
             raise ValueError(f"the trainer has {len(data.rows)} rows and the miner "
                              f"{len(self.rows)}; give both the same")
         file, self.mined_at = Path(args.output_dir)/f"mined-{due}.parquet", due
-        if file.is_file(): data.rows = rows_from([pq.read_table(file)])
-        else: data.rows = self.mine(model, args, due, file if state.is_world_process_zero else None)
+        def rows():
+            if file.is_file(): return rows_from([pq.read_table(file)])
+            return self.mine(model, args, due, file)
+        data.rows = from_first(rows)   # of several processes, one mines
 
 # %% ../nbs/33_online_mining.ipynb #33a00002
 @patch

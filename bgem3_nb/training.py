@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['M3TrainingArguments', 'count_steps', 'output_widths', 'check_model', 'activation_bytes', 'state_bytes', 'fit_memory',
-           'cached_backward', 'last_checkpoint', 'PrintLog', 'M3Trainer', 'teacher_scores', 'search_scores',
-           'load_weights', 'plot_training', 'free_memory']
+           'cached_backward', 'from_first', 'leave_to_first', 'check_same', 'share_weights', 'last_checkpoint',
+           'PrintLog', 'M3Trainer', 'teacher_scores', 'search_scores', 'load_weights', 'CopyCheckpoints',
+           'plot_training', 'free_memory']
 
 # %% ../nbs/14_training.ipynb #089c3a55
 import ctypes, gc, json, math, os, shutil, time, warnings
@@ -96,7 +97,8 @@ def _use_one_gpu(
     "Keep to the first GPU where a process sees several, and say how to use them all."
     if args.n_gpu < 2: return
     warnings.warn(f"{args.n_gpu} GPUs are here, and this process trains on the first; to use all, "
-                  f"start it by torchrun --nproc_per_node {args.n_gpu}")
+                  f"start a job with --nproc {args.n_gpu}, or your own program by "
+                  f"torchrun --nproc_per_node {args.n_gpu}")
     args._n_gpu = 1
 
 # %% ../nbs/14_training.ipynb #a894ddc4
@@ -331,6 +333,45 @@ def _share_outputs(
         everyone.append(outputs if mine else [M3Output(**chunk) for chunk in tensors])
     return everyone
 
+# %% ../nbs/14_training.ipynb #84a00002
+def from_first(
+    make,   # function without arguments, whose result can be pickled
+):          # the result, in every process
+    "Compute something in the first process alone, and give it to all others."
+    if not (dist.is_initialized() and dist.get_world_size() > 1): return make()
+    found = [make() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found, 0)
+    return found[0]
+
+def leave_to_first():
+    "End this process here unless it is the first; called by all of them, and without effect alone."
+    if not dist.is_initialized(): return
+    dist.barrier()
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    if rank: raise SystemExit(0)
+
+# %% ../nbs/14_training.ipynb #84a00004
+def check_same(
+    settings: dict,   # of this process, by name
+):
+    "Raise ValueError if this process has other settings than the first."
+    first = from_first(lambda: settings)
+    if other := sorted(n for n in first.keys() | settings if first.get(n) != settings.get(n)):
+        raise ValueError(f"process {dist.get_rank()} has another {', '.join(other)} than process "
+                         "0; start all processes with the same parameters")
+
+def share_weights(
+    model: nn.Module,   # filled in place, but for that of the first process
+):
+    "Give every process the weights that the first one has."
+    if not (dist.is_initialized() and dist.get_world_size() > 1): return
+    device = "cpu" if dist.get_backend() == "gloo" else "cuda"
+    for weights in model.state_dict().values():
+        sent = weights.to(device).contiguous()
+        dist.broadcast(sent, 0)
+        weights.copy_(sent)
+
 # %% ../nbs/14_training.ipynb #535e4e0e
 def _is_finished(checkpoint: Path) -> bool:
     "Tell whether a checkpoint was written to its end."
@@ -359,6 +400,7 @@ def _run_settings(args: M3TrainingArguments) -> dict:
     names += ["seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
               "weight_decay", "max_steps", "num_train_epochs", "lr_scheduler_type", "warmup_steps"]
     values = {n: getattr(args, n) for n in names}
+    values["per_device_train_batch_size"] *= args.world_size   # of all processes together
     return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
 
 def _check_settings(
@@ -368,7 +410,8 @@ def _check_settings(
     "Raise ValueError if the checkpoint is unfinished, or was trained with other settings."
     if not _is_finished(checkpoint):
         raise ValueError(f"{checkpoint} is not a finished checkpoint; "
-                         "resume_from_checkpoint=True takes the last one that is")
+                         "resume_from_checkpoint=True takes the last one that is. Several "
+                         "machines all need it: a shared directory, or a copy")
     saved = json.loads((checkpoint/_SETTINGS_FILE).read_text(encoding="utf-8"))
     for name, value in _run_settings(args).items():
         if saved.get(name, value) != value:
@@ -687,7 +730,7 @@ def train(self: M3Trainer,
     "Train as `Trainer.train` does; at the end the model is an ordinary one, with adapters merged."
     count_steps(self.args, len(self.train_dataset))    # refuses rows that fill no batch
     start = resume_from_checkpoint
-    if start is True: start = last_checkpoint(self.args.output_dir)
+    if start is True: start = from_first(lambda: last_checkpoint(self.args.output_dir))
     if start: _check_settings(Path(start), self.args)
     with self.quick_layers():
         result = super(M3Trainer, self).train(str(start) if start else None, **kwargs)
@@ -699,6 +742,11 @@ def train(self: M3Trainer,
 def _get_train_sampler(self: M3Trainer, train_dataset=None):
     batch = self.args.per_device_train_batch_size * self.args.world_size
     return BatchOrder(self.train_dataset, batch, self.args.same_source, self.args.group_lengths)
+
+@patch
+def get_train_dataloader(self: M3Trainer):
+    self._train_batch_size = self.args.train_batch_size   # not that of a resumed run's processes
+    return super(M3Trainer, self).get_train_dataloader()
 
 @patch
 def create_optimizer(self: M3Trainer, model=None):
@@ -741,6 +789,23 @@ def _all_rows(
         for mode, s in part.items(): joined[mode][rank::len(parts)] = s
     return joined
 
+# %% ../nbs/14_training.ipynb #84a00006
+def _score_shared(
+    queries: Embeddings,     # of all texts, in every process
+    passages: Embeddings,
+    shared: bool,            # every process calls this
+    **settings,              # of `all_scores`
+) -> dict[str, np.ndarray]:  # mode to (queries, passages), in every process
+    "Score all pairs, each process its share of the queries."
+    world = dist.get_world_size() if shared and dist.is_initialized() else 1
+    if world == 1 or len(queries) < world: return all_scores(queries, passages, **settings)
+    parts = _gather(all_scores(queries[dist.get_rank()::world], passages, **settings))
+    scores = {}
+    for mode, first in parts[0].items():
+        scores[mode] = np.empty((len(queries), len(passages)), first.dtype)
+        for rank, part in enumerate(parts): scores[mode][rank::world] = part[mode]
+    return scores
+
 # %% ../nbs/14_training.ipynb #f59f119d
 def search_scores(
     model: M3Model,   # any state of training
@@ -758,7 +823,7 @@ def search_scores(
     queries = encoder.encode_queries(list(data.queries)[mine], outputs=args.modes)
     passages = _encode_shared(encoder.encode_passages, data.passages, args.modes, shared)
     dtype = torch.bfloat16 if args.use_cpu and args.bf16 else torch.float32
-    scores = all_scores(queries, passages, dtype=dtype, device=args.device)
+    scores = _score_shared(queries, passages, shared, dtype=dtype, device=args.device)
     for w in widths if "dense" in args.modes else ():
         q, p = (unit_vectors(side.dense[:, :w]) for side in (queries, passages))
         scores[f"dense@{w}"] = q @ p.T
@@ -821,7 +886,20 @@ def _load_from_checkpoint(self: M3Trainer, resume_from_checkpoint, model=None):
 @patch
 def _load_best_model(self: M3Trainer):
     best = Path(self.state.best_model_checkpoint).name
-    load_weights(self.model, Path(self.args.output_dir)/best)
+    if self.is_world_process_zero(): load_weights(self.model, Path(self.args.output_dir)/best)
+    share_weights(self.model)      # another machine may not have the directory
+
+# %% ../nbs/14_training.ipynb #84a00008
+class CopyCheckpoints(TrainerCallback):
+    "Copy every checkpoint to a store."
+    def __init__(self,
+        store,   # `several_gpus.CheckpointStore`, or whatever has its `keep(folder, name)`
+    ): self.store = store
+
+    def on_save(self, args, state, control, **kwargs):
+        _gather(None)     # until all have written
+        if state.is_world_process_zero:
+            self.store.keep(Path(args.output_dir), f"checkpoint-{state.global_step}")
 
 # %% ../nbs/14_training.ipynb #3565b66e
 _COLORS = MODE_COLORS | {"teacher": RED, "sparsity": GREY}
