@@ -353,7 +353,7 @@ def leave_to_first():
 
 # %% ../nbs/14_training.ipynb #84a00004
 def check_same(
-    settings: dict,   # of this process, by name
+    settings: dict,   # settings of this process, by name
 ):
     "Raise ValueError if this process has other settings than the first."
     first = from_first(lambda: settings)
@@ -791,10 +791,10 @@ def _all_rows(
 
 # %% ../nbs/14_training.ipynb #84a00006
 def _score_shared(
-    queries: Embeddings,     # of all texts, in every process
+    queries: Embeddings,     # queries' embeddings, in every process
     passages: Embeddings,
     shared: bool,            # every process calls this
-    **settings,              # of `all_scores`
+    **settings,              # arguments of `all_scores`
 ) -> dict[str, np.ndarray]:  # mode to (queries, passages), in every process
     "Score all pairs, each process its share of the queries."
     world = dist.get_world_size() if shared and dist.is_initialized() else 1
