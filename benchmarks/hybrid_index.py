@@ -4,6 +4,9 @@
     python benchmarks/hybrid_index.py --sizes 100000        other sizes; 100 000 need about 12 GB of disk, 4 of memory
     python benchmarks/hybrid_index.py --only "all tokens"   the ways whose name ends so (or exact, BM25)
     python benchmarks/hybrid_index.py --cache DIR           keep what was encoded, and the exact results, for later
+    python benchmarks/hybrid_index.py --cache DIR --build   only build, and keep the indexes as well
+    python benchmarks/hybrid_index.py --cache DIR --measure only measure what was built so
+
 
 A chunk is one to four clauses of 8 to 20 words of six Vietnamese codes. So that 100 000 chunks need not be encoded,
 each clause is encoded once and the vectors of a chunk are put together from those of its clauses: all their
@@ -16,6 +19,8 @@ Seconds and milliseconds are processor time of all threads together, which does 
 machine; with the files in memory, a search on idle cores takes no longer than that. `wall p95` is what the clock said.
 """
 import argparse
+import json
+import shutil
 import sys
 import tempfile
 import time
@@ -63,12 +68,13 @@ class Chunks:
 
     def __getattr__(self, name): return getattr(self.encoder, name)
 
-    def embeddings(self, rows):
+    def embeddings(self, rows, multi=True):
         "The vectors of some chunks."
         from bgem3_nb.encoding import Embeddings
         flat = np.array([c for i in rows for c in self.parts[i]])
         starts = np.cumsum([0, *(len(self.parts[i]) for i in rows)])
-        e = self.clauses[flat]
+        e = self.clauses if multi else Embeddings(self.clauses.dense, self.clauses.lexical)
+        e = e[flat]
         dense = np.add.reduceat(e.dense, starts[:-1])
         dense /= np.linalg.norm(dense, axis=1, keepdims=True)
         owner = np.repeat(np.repeat(np.arange(len(rows)), np.diff(starts)), np.diff(e.lexical.indptr))
@@ -78,7 +84,17 @@ class Chunks:
         largest = np.maximum.reduceat(e.lexical.data[order], first)
         at = np.divmod(key[first], e.lexical.shape[1])
         lexical = csr_matrix((largest, at), shape=(len(rows), e.lexical.shape[1]))
-        return Embeddings(dense, lexical, e.multi, e.offsets[starts])
+        return Embeddings(dense, lexical, *((e.multi, e.offsets[starts]) if multi else ()))
+
+    def maxsim(self, asked):
+        "MaxSim of every query with every chunk: the best of a chunk's tokens is the best of its clauses' best ones."
+        parts = np.array([(*p, *[p[0]] * (4 - len(p))) for p in self.parts])
+        every = np.empty((len(asked), len(self.parts)), np.float32)
+        tokens = np.asarray(self.clauses.multi, np.float32)
+        for i in range(len(asked)):
+            best = np.maximum.reduceat(tokens @ asked.vectors(i).astype(np.float32).T, self.clauses.offsets[:-1])
+            every[i] = best[parts].max(1).mean(1)
+        return every
 
     def encode_counted(self, texts, **kwargs):
         from bgem3_nb.exact_search import select_outputs
@@ -96,6 +112,12 @@ class Chunks:
         found = [[0] + [i for c in self.parts[self.number[t]] for i in self.ids[c][1:]] for t in texts]
         self.seconds += time.process_time() - start
         return found
+
+
+def asked_chunks(chunks, number):
+    "The chunks that are asked for, and the queries: every second word of each."
+    sources = np.linspace(0, len(chunks.texts) - 1, number).astype(int)
+    return sources, [" ".join(chunks.texts[i].split()[2::2]) for i in sources]
 
 
 def clocks(): return np.array([time.process_time(), time.perf_counter()])
@@ -125,27 +147,58 @@ def size_of(folder):
     return sum(512 * f.stat().st_blocks for f in Path(folder).rglob("*") if f.is_file()) / 1e6
 
 
-def exact_search(chunks, asked, file, timed_queries=5):
-    "The ten best chunks of each query, dense and hybrid, and seconds of a query alone; kept in a file."
+def blocks(chunks, size=2000, **kwargs):
+    for a in range(0, len(chunks.parts), size):
+        yield chunks.embeddings(range(a, min(a + size, len(chunks.parts))), **kwargs)
+
+
+def exact_search(chunks, asked, file):
+    "The ten best chunks of each query, dense and hybrid; kept in a file."
     from bgem3_nb.scoring import all_scores, fuse
     if file.exists(): return dict(np.load(file))
-    scores = {"dense": [], "hybrid": []}
-    seconds = {name: np.zeros((timed_queries, 2)) for name in scores}
-    for a in range(0, len(chunks.parts), 2000):
-        block = chunks.embeddings(range(a, min(a + 2000, len(chunks.parts))))
-        every = all_scores(asked, block)
-        scores["dense"].append(every["dense"])
-        scores["hybrid"].append(fuse(every, HYBRID))
-        for i in range(timed_queries):
-            for name in scores:
+    parts = [all_scores(type(asked)(asked.dense, asked.lexical), b) for b in blocks(chunks, multi=False)]
+    every = {m: np.hstack([p[m] for p in parts]) for m in ("dense", "lexical")} | {"multi": chunks.maxsim(asked)}
+    scores = {"dense": every["dense"], "hybrid": fuse(every, HYBRID)}
+    best = {name: np.argsort(-s, axis=1, kind="stable")[:, :10] for name, s in scores.items()}
+    np.savez(file, **best)
+    return best
+
+
+def exact_times(chunks, asked, queries=5):
+    "Milliseconds of exact search for a query alone, dense and hybrid."
+    from bgem3_nb.scoring import all_scores, fuse
+    seconds = {name: np.zeros((queries, 2)) for name in ("dense", "hybrid")}
+    for block in blocks(chunks):
+        for i in range(queries):
+            for name in seconds:
                 part = block if name == "hybrid" else type(block)(block.dense)
                 start = clocks()
                 fuse(all_scores(asked[[i]], part), HYBRID if name == "hybrid" else {"dense": 1.})
                 seconds[name][i] += clocks() - start
-    best = {name: np.argsort(-np.hstack(parts), axis=1, kind="stable")[:, :10] for name, parts in scores.items()}
-    found = best | {f"{name}_ms": milliseconds(s) for name, s in seconds.items()}
-    np.savez(file, **found)
+    return {name: milliseconds(s) for name, s in seconds.items()}
+
+
+def built(folder, chunks, settings):
+    "Build an index where it is not there yet; returns its megabytes and the seconds it took."
+    from bgem3_nb.hybrid_index import HybridIndex
+    note = folder / "built.json"
+    if note.exists(): return json.loads(note.read_text())
+    shutil.rmtree(folder, ignore_errors=True)     # a run that was stopped
+    with HybridIndex(folder / "i", chunks, **settings) as index:
+        chunks.seconds, start = 0., time.process_time()
+        index.upsert(({"id": str(i), "text": t} for i, t in enumerate(chunks.texts)), batch=256)
+        seconds = time.process_time() - start - chunks.seconds
+    found = [size_of(folder), seconds]
+    note.write_text(json.dumps(found))
     return found
+
+
+def read_once(folder):
+    "Read the files of a folder, so that they are in memory."
+    for file in Path(folder).rglob("*"):
+        if file.is_file():
+            with file.open("rb") as f:
+                while f.read(1 << 24): pass
 
 
 def bm25(passages, queries):
@@ -163,42 +216,43 @@ def bm25(passages, queries):
         return size_of(folder), seconds, *timed(find, len(queries))
 
 
-def measure(n, number, encoder, pool, cache, only):
-    "Print the rows of one size."
+def measure(n, encoder, pool, cache, args):
+    "Build the indexes of one size, print their rows, or both."
     from bgem3_nb.hybrid_index import HybridIndex
     from bgem3_nb.store import EmbeddingStore
     chunks = Chunks(encoder, EmbeddingStore(cache / "clauses"), pool, n)
-    sources = np.linspace(0, n - 1, number).astype(int)
-    queries = [" ".join(chunks.texts[i].split()[2::2]) for i in sources]
-    asked, name = encoder.encode_queries(queries), f"exact-{n}-{number}.npz"
-    exact = exact_search(chunks, asked, cache / name)
-    def row(way, mb, seconds, ms, found, truth=None):
-        truth = exact["hybrid"] if truth is None else truth
+    sources, queries = asked_chunks(chunks, args.queries)
+    asked = encoder.encode_queries(queries)
+    exact = exact_search(chunks, asked, cache / f"exact-{n}-{args.queries}.npz")
+    def row(way, mb, seconds, ms, found, truth=exact["hybrid"]):
         own = np.mean([i in f for i, f in zip(sources, found)])
         print(f"{n:7} {way:44} {mb:8.1f} {seconds:8.1f} {ms[0]:8.1f} {ms[1]:8.1f} {ms[2]:8.1f} "
               f"{recall(found, truth):7.3f} {own:5.2f}", flush=True)
-    def wanted(way): return not only or any(way.endswith(o) for o in only)
+    def wanted(way): return not args.only or any(way.endswith(o) for o in args.only)
     lengths = np.diff(chunks.clauses.offsets)
     tokens = sum(int(lengths[list(p)].sum()) for p in chunks.parts)
     width = chunks.clauses.dense.shape[1]
-    if wanted("exact"):
-        row("exact, all modes, float32", 4e-6 * width * (tokens + n), 0, exact["hybrid_ms"], exact["hybrid"].tolist())
-        row("exact, dense", 4e-6 * width * n, 0, exact["dense_ms"], exact["dense"].tolist(), exact["dense"])
-    if wanted("BM25"): row("BM25", *bm25(chunks.texts, queries))
+    if wanted("exact") and not args.build:
+        ms = exact_times(chunks, asked)
+        row("exact, all modes, float32", 4e-6 * width * (tokens + n), 0, ms["hybrid"], exact["hybrid"].tolist())
+        row("exact, dense", 4e-6 * width * n, 0, ms["dense"], exact["dense"].tolist(), exact["dense"])
+    if wanted("BM25") and not args.build: row("BM25", *bm25(chunks.texts, queries))
     for way, (settings, weights, tried) in WAYS.items():
-        if not wanted(way): continue
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            index, chunks.seconds = HybridIndex(Path(folder) / "i", chunks, **settings), 0.
-            start = time.process_time()
-            index.upsert(({"id": str(i), "text": t} for i, t in enumerate(chunks.texts)), batch=256)
-            seconds, mb = time.process_time() - start - chunks.seconds, size_of(folder)
+        folder = cache / f"{n}-{way}"
+        if not wanted(way) or args.measure and not (folder / "built.json").exists(): continue
+        mb, seconds = built(folder, chunks, settings)
+        if args.build:
+            print(f"{n:7} {way:44} {mb:8.1f} {seconds:8.1f}", flush=True)
+            continue
+        read_once(folder)
+        with HybridIndex(folder / "i") as index:
             for candidates in tried:
                 def find(i): return [int(h.id) for h in index.search(
                     asked[[i]], 10, weights=weights, candidates=candidates)]
-                timed(find, 5)     # the first ones read the files
-                row(f"{way}, {candidates} candidates", mb, seconds, *timed(find, number),
+                timed(find, 5)     # the first ones are slow
+                row(f"{way}, {candidates} candidates", mb, seconds, *timed(find, args.queries),
                     exact["dense" if way == "dense" else "hybrid"])
-            index.close()
+        if not args.measure: shutil.rmtree(folder)
 
 
 def main():
@@ -207,7 +261,11 @@ def main():
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--only", nargs="+")
     parser.add_argument("--cache", type=Path)
+    step = parser.add_mutually_exclusive_group()
+    step.add_argument("--build", action="store_true", help="only build the indexes, in --cache")
+    step.add_argument("--measure", action="store_true", help="only measure those that were built there")
     args = parser.parse_args()
+    if (args.build or args.measure) and not args.cache: parser.error("--build and --measure need --cache")
     from bgem3_nb.encoding import M3Encoder
     from bgem3_nb.store import encode_corpus
     encoder = M3Encoder.from_pretrained("embedded", new_heads="identity", progress=False)
@@ -215,7 +273,7 @@ def main():
     with tempfile.TemporaryDirectory() if args.cache is None else nullcontext(args.cache) as cache:
         encode_corpus(encoder, pool, Path(cache) / "clauses")
         print(HEAD)
-        for n in args.sizes: measure(n, args.queries, encoder, pool, Path(cache), args.only)
+        for n in args.sizes: measure(n, encoder, pool, Path(cache), args)
 
 
 if __name__ == "__main__": main()

@@ -118,6 +118,17 @@ def model_names(self:ChainResults,
              for m in models]
     return [n for n in names if n != "bm25"]
 
+# %% ../nbs/56_chain_results.ipynb #56c50040
+@patch
+def start_and_trained(self:ChainResults,
+    start: str,     # a model; "" = the first one
+    trained: str,   # a model; "" = the last one
+    step: str,
+) -> tuple[str, str]:
+    "Name the model before training and the one after it."
+    names = self.model_names(step)
+    return start or names[0], trained or names[-1]
+
 # %% ../nbs/56_chain_results.ipynb #56c50021
 @patch
 def modes(self:ChainResults,
@@ -141,8 +152,8 @@ def gains(self:ChainResults,
     step: str = "evaluate",
 ) -> pd.DataFrame:                 # a row for each mode
     "Compare a model with its start on a set, query by query."
-    before = self.modes(data, start or self.model_names(step)[0], step)
-    after = self.modes(data, trained, step)
+    start, trained = self.start_and_trained(start, trained, step)
+    before, after = self.modes(data, start, step), self.modes(data, trained, step)
     words = self.modes(data, "BM25", step)
     rows = {name: {"before": f"{e.mean(metric):.3f}"} for name, e in words.items()}
     for mode, e in after.items():
@@ -167,9 +178,8 @@ def by_label(self:ChainResults,
     step: str = "evaluate",
 ) -> pd.DataFrame:                 # a row for each value
     "Compare a model with its start on the questions with each value of a label."
-    names = self.model_names(step)
-    columns = {"BM25": "BM25", "before": f"{start or names[0]} {mode}",
-               "after": f"{trained or names[-1]} {mode}"}
+    start, trained = self.start_and_trained(start, trained, step)
+    columns = {"BM25": "BM25", "before": f"{start} {mode}", "after": f"{trained} {mode}"}
     found = self.questions(data, step)
     table = found.pivot_table(metric, label, "system", sort=False)
     counts = found[found["system"] == columns["after"]][label].value_counts()
@@ -188,9 +198,9 @@ def changes(self:ChainResults,
     step: str = "evaluate",
 ) -> pd.DataFrame:           # table of `compare_queries`
     "Say of each question what became of it: broken, still wrong, fixed or still right."
-    names, found = self.model_names(step), self.questions(data, step)
+    found = self.questions(data, step)
     before, after = (found[found["system"] == f"{name} {mode}"]
-                     for name in (start or names[0], trained or names[-1]))
+                     for name in self.start_and_trained(start, trained, step))
     return compare_queries(before, after)
 
 @patch

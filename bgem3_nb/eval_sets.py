@@ -410,6 +410,17 @@ def _gold_corpus(path, corpus):
                    "or put a corpus.jsonl beside them", path)
 
 # %% ../nbs/43_eval_sets.ipynb #d3989095
+def _asked_once(sets: Iterable[EvalSet]) -> list[EvalSet]:
+    "Drop sets with the same questions as another; the one that searches more passages stays."
+    kept = {}
+    for s in sets:
+        asked = frozenset(map(fold, s.queries))
+        best = max(kept.get(asked, s), s, key=lambda s: len(s.passages))
+        if asked in kept:
+            best.amiss.setdefault("sets with the same questions: asked once", []).append(s.name)
+        kept[asked] = best
+    return list(kept.values())
+
 def _run_parts(
     folder: Path,      # run directory of another job
     split: str = "",   # "train", "valid", "test" or "rows"; "": test and all of `evaluation/`
@@ -441,8 +452,8 @@ def eval_sets(
     if kind == "run":
         shared = dict(corpus=corpus, negatives=negatives, leave_out_self=leave_out_self)
         parts = _run_parts(Path(source), split)
-        return [s for part, path in parts.items()
-                for s in eval_sets(path, f"{name}/{part}", **shared, **options)]
+        return _asked_once(s for part, path in parts.items()
+                           for s in eval_sets(path, f"{name}/{part}", **shared, **options))
     builder = SetBuilder(name)
     if kind == "gold": _add_gold(builder, source, _gold_corpus(source, corpus))
     elif kind == "trec": _add_trec(builder, qrels, queries, corpus)

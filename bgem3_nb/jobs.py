@@ -39,7 +39,7 @@ from tokenize import COMMENT, generate_tokens
 from types import NoneType, UnionType
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
-from .files import replace_file
+from .files import refuse_keys, replace_file
 
 # %% ../nbs/48_jobs.ipynb #8252f52a
 class JobError(ValueError):
@@ -487,7 +487,6 @@ def _read_params_text(path):
 def _refuse_keys(name, value, where):
     "Raise a JobError for a value with a key or password; the message does not repeat it."
     if not isinstance(value, (str, list, dict)): return
-    from bgem3_nb.queries import refuse_keys
     try: refuse_keys(value, name)
     except ValueError as e:
         raise JobError(str(e) if where.startswith("-") else f"{where}: {e}") from None

@@ -14,7 +14,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from uuid import uuid4
 
@@ -26,6 +25,7 @@ from .files import replace_file
 from .hybrid_index import (
     engine_errors, Entry, Hits, HybridIndex, IndexProblem, open_engine, OWN_FIELDS, point_id,
     Principal, ServerEngine, Written)
+from .text import hashed_share
 
 # %% ../nbs/38_model_change.ipynb #38a0000a
 def new_settings(
@@ -200,11 +200,6 @@ def take_back(self: Versions) -> str:   # the version that is live again
     return kept["before"]
 
 # %% ../nbs/38_model_change.ipynb #38a0001f
-def _fraction(*words: str) -> float:   # number in [0, 1)
-    "Hash words to a number."
-    text = "\n".join(words).encode("utf-8", "surrogatepass")
-    return int.from_bytes(blake2b(text, digest_size=6).digest(), "big") / 2**48
-
 def arm_of(
     key: str,               # the user, or the question
     share: float,           # share of the keys that get the new model, 0 to 1
@@ -212,7 +207,7 @@ def arm_of(
 ) -> str:                   # "old" or "new"
     "Choose an arm by a hash."
     if not 0 <= share <= 1: raise ValueError(f"share must be from 0 to 1, not {share}")
-    return "new" if _fraction("arm", experiment, key) < share else "old"
+    return "new" if hashed_share(key, experiment) < share else "old"
 
 # %% ../nbs/38_model_change.ipynb #38a00022
 class SearchLog:
@@ -258,7 +253,7 @@ def team_draft(
         if all(left.values()) and len(tops) == 1:
             pick("old", "both")
             continue
-        first = ("old", "new") if _fraction("draft", key, str(n)) < .5 else ("new", "old")
+        first = ("old", "new") if hashed_share(key, f"draft {n}") < .5 else ("new", "old")
         n += 1
         for arm in first:
             if left[arm] and len(shown) < k: pick(arm, arm)
@@ -316,7 +311,7 @@ def search(self: SplitSearch,
             hits[:], line["teams"] = team_draft(hits, found, k, draft)
     shown = Shown(uuid4().hex, arm, hits)
     self.log.write({
-        "search": shown.id, "arm": arm, "user": f"{_fraction('user', key):.12f}", "query": query,
+        "search": shown.id, "arm": arm, "user": f"{hashed_share(key, 'user'):.12f}", "query": query,
         "ms": round(1e3 * (time.perf_counter() - start), 3), "shown": [h.id for h in hits],
         "no_answer": hits.no_answer, **line})
     return shown

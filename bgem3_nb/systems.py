@@ -14,6 +14,7 @@ import json
 import re
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -24,6 +25,7 @@ import pandas as pd
 from fastcore.basics import patch
 from tqdm.auto import tqdm
 
+from .backbone import E5_NORMALIZE
 from .encoding import Embeddings, M3Encoder
 from .eval_sets import EvalSet
 from .evaluation import (
@@ -263,13 +265,16 @@ class BM25System:
     def __init__(self,
         name: str = "BM25",   # name of the system
         language: str = "",   # language for `word_tokens`; "": of most queries, else English
+        normalize: Sequence[str] = E5_NORMALIZE,   # steps on texts, as in a model's settings
     ):
-        self.name, self.language = name, language
+        self.name, self.language, self.normalize = name, language, normalize
+
+    def terms(self, text): return word_tokens(text, self.used, self.normalize)
 
     def index(self, corpus):
         named = Counter(filter(None, getattr(corpus, "labels", {}).get("language", [])))
         self.used = self.language or (named.most_common(1)[0][0] if named else "en")
-        tokens = [word_tokens(p, self.used) for p in corpus.passages]
+        tokens = [self.terms(p) for p in corpus.passages]
         self.n, self.engine = len(tokens), None
         if not any(tokens): return
         self.engine = load_bm25s().BM25(k1=1.2, b=.75, method="lucene")
@@ -279,7 +284,7 @@ class BM25System:
         query: str,    # text of the query
     ) -> np.ndarray:   # (n_p,) scores
         "Score all passages for one query."
-        terms = word_tokens(query, self.used) if self.engine else []
+        terms = self.terms(query) if self.engine else []
         return self.engine.get_scores(terms) if terms else np.zeros(self.n, np.float32)
 
     def search(self, queries, k):

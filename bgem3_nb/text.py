@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ARABIC', 'STEPS', 'to_nfc', 'is_decomposed', 'with_marks', 'fold', 'clean_text', 'arabic_key', 'text_key',
-           'check_steps', 'normalize_text', 'carries_steps', 'set_steps', 'save_tokenizer']
+           'check_steps', 'normalize_text', 'carries_steps', 'set_steps', 'save_tokenizer', 'hashed_share']
 
 # %% ../nbs/91_text.ipynb #ef3a8158
 import json
 import re
 import unicodedata
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 
 from .files import replace_file
@@ -191,3 +192,13 @@ def save_tokenizer(
     if carries_steps(tokenizer) or settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         replace_file(file, json.dumps(settings, indent=2, ensure_ascii=False).encode())
+
+# %% ../nbs/91_text.ipynb #91e10021
+def hashed_share(
+    text: str,        # a user, or a query
+    salt: str = "",   # another one gives other places
+) -> float:           # in [0, 1), the same everywhere
+    "Place a text between 0 and 1 by a hash."
+    salted = f"{salt}\n{text}" if salt else text
+    digest = blake2b(salted.encode("utf-8", "surrogatepass"), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48

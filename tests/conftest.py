@@ -11,6 +11,8 @@ from hypothesis import settings
 from nbformat import write
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from forks import Server, run_forked
+
 REPO = Path(__file__).parent.parent
 OFFLINE = REPO / "tests" / "offline"
 LAUNCHER = [sys.executable, "-c", "import sys; from bgem3_nb.chains import main; sys.exit(main())"]
@@ -58,10 +60,28 @@ def job(tmp_path):
     return make
 
 
+@pytest.fixture(scope="session")
+def forks():
+    "The process that has loaded the libraries and forks others, where forking is safe; see forks.py."
+    if sys.platform != "linux": return (yield None)
+    path, warnings = os.pathsep.join([str(OFFLINE), str(REPO)]), "ignore:IProgress not found"
+    server = Server({**os.environ, **SETTINGS, "PYTHONPATH": path, "PYTHONWARNINGS": warnings})
+    yield server.address
+    server.close()
+
+
 @pytest.fixture
-def launch(tmp_path, env):
-    "A function that runs `bgem3-job` with these arguments, in `tmp_path`."
-    def run(*args, **more):
-        return subprocess.run([*LAUNCHER, *args], cwd=tmp_path, env={**env, **more},
+def python(tmp_path, env, forks):
+    """A function that runs a command of Python with its libraries loaded, in `tmp_path`; with a variable of its own, or
+    with `forked=False`, as a process that has loaded nothing."""
+    def run(*words, forked=True, **more):
+        if forked and forks and not more: return run_forked(forks, [sys.executable, *words], cwd=tmp_path, env=env)
+        return subprocess.run([sys.executable, *words], cwd=tmp_path, env={**env, **more}, stdin=subprocess.DEVNULL,
                               capture_output=True, text=True, timeout=600)
     return run
+
+
+@pytest.fixture
+def launch(python):
+    "A function that runs `bgem3-job` with these arguments, in `tmp_path`."
+    return lambda *args, **more: python(*LAUNCHER[1:], *args, **more)

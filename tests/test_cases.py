@@ -1,12 +1,9 @@
 """The case studies: each page runs one chain, shows it whole, and its stored output is of that chain as it is now."""
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from conftest import OFFLINE, REPO, SETTINGS
+from conftest import REPO
 
 from bgem3_nb.chains import chain_mark, plan_chain
 
@@ -55,13 +52,11 @@ def test_a_case_says_what_did_not_work_and_what_to_do(page):
     assert all(c["outputs"] for c in shown[:1] + [c for c in shown if "gains(" in "".join(c["source"])])
 
 
-def test_a_case_can_be_executed_at_its_smallest(tmp_path):
+def test_a_case_can_be_executed_at_its_smallest(tmp_path, env, python):
     "Every cell of a page runs, in a process of its own, on a chain whose steps are as small as they can be."
     code = "\n\n".join(source for source, _ in code_cells(PAGES["71_company"]) if "#| eval: false" not in source)
-    env = {**os.environ, **SETTINGS, "PYTHONPATH": os.pathsep.join([str(OFFLINE), str(REPO)]), "MPLBACKEND": "agg",
-           "BGEM3_NB_SMOKE": str(tmp_path / "run")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True,
-                          timeout=600)
+    env |= {"MPLBACKEND": "agg", "BGEM3_NB_SMOKE": str(tmp_path / "run")}
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads((tmp_path / "run" / "chain.json").read_text(encoding="utf-8"))["steps"]
     assert {about["state"] for about in record.values()} == {"finished"}

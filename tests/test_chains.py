@@ -11,8 +11,8 @@ from conftest import LAUNCHER, REPO
 from bgem3_nb.chains import SMOKE, plan_chain
 from bgem3_nb.jobs import JobError
 
-JUDGED = {"company": ["test", "company", "company"], "rental": ["test", "rental"], "law": ["test", "law"],
-          "islamic": ["test", "quran", "hadith"]}      # the sets of the last step
+JUDGED = {"company": ["test", "company"], "rental": ["test", "rental"], "law": ["test", "law"],
+          "islamic": ["test", "quran", "hadith"], "rental_vectors": ["test", "rental"]}   # the sets of the last step
 
 
 def check_steps(out, steps):

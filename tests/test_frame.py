@@ -191,6 +191,19 @@ def test_readme_is_the_index_notebook():
     assert subprocess.run([sys.executable, REPO / "tools" / "readme.py", "--check"]).returncode == 0
 
 
+def test_the_checks_that_can_be_run_alone_are_named():
+    "README and CONTRIBUTING name each check of tools/test.py, and no other."
+    tree = ast.parse((REPO / "tools" / "test.py").read_text(encoding="utf-8"))
+    lists = [node.value for node in tree.body if isinstance(node, ast.Assign)
+             and ast.unparse(node.targets[0]) in ("WAVES", "ON_REQUEST")]
+    checks = sorted(n.id for values in lists for n in ast.walk(values) if isinstance(n, ast.Name))
+    assert {"notebooks", "lowest_versions"} < set(checks)
+    said = re.search("only the checks that it names, of (.*?);", (REPO / "README.md").read_text(encoding="utf-8"))[1]
+    assert sorted(re.findall(r"`(\w+)`", said)) == checks
+    table = re.findall(r"^\| `(\w+)` \|", (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M)
+    assert sorted(table) == checks
+
+
 def test_the_network_is_refused_and_the_attempt_written_down(tmp_path):
     "The guard that the other tests rely on."
     log = tmp_path / "log"

@@ -2,6 +2,7 @@
 one sentence."""
 import ast
 import ctypes
+import faulthandler
 import os
 import random
 import resource
@@ -20,7 +21,7 @@ from bgem3_nb.compression import keep_top, lexical_importance
 from bgem3_nb.documents import Document
 from bgem3_nb.encoding import M3Encoder
 from bgem3_nb.exact_search import search_candidates
-from bgem3_nb.hybrid_index import Access, HybridIndex, IndexProblem, main, point_id, Principal
+from bgem3_nb.hybrid_index import Access, EmbeddedEngine, HybridIndex, IndexProblem, main, point_id, Principal
 
 pytest.importorskip("qdrant_edge")
 qdrant_client = pytest.importorskip("qdrant_client")
@@ -393,29 +394,81 @@ def small_disk(path, size):
     return not libc.mount(b"tmpfs", str(path).encode(), b"tmpfs", 0, f"size={size}".encode())
 
 
-def test_a_full_disk(encoder, tmp_path):
-    "On a disk of 76 MB: refused before the system would end the process; with more room another run goes on."
+def grow(path): ctypes.CDLL(None).mount(b"tmpfs", str(path).encode(), b"tmpfs", 32, b"size=300m")
+
+
+def refused_and_resumed(encoder, path):
+    "On a disk that is full: what was said, what was there then, and what another run did after room was made."
+    with HybridIndex(path / "i", encoder) as index: said = [*load_until_it_stops(index)]
+    grow(path)
+    with HybridIndex(path / "i", encoder) as index:
+        return [*said, index.count(), *load_until_it_stops(index), index.count()]
+
+
+def fill(file):
+    "Take all the room that is left on a disk."
+    with file.open("wb", buffering=0) as f:
+        for size in (1 << 20, 1 << 12):
+            try:
+                while f.write(bytes(size)) == size: pass
+            except OSError: pass
+
+
+def ended_and_resumed(encoder, path):
+    "Another program fills the disk behind the check: how the writer ended, what it had acknowledged, what was kept."
+    read, write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            faulthandler.disable()                               # it would report what is wanted here
+            EmbeddedEngine.check_room = lambda *_: None          # there was room a moment ago
+            with HybridIndex(path / "i", encoder) as index:
+                for n, part in enumerate(index.upsert_batches(HEAVY, batch=20)):
+                    os.write(write, b"%d\n" % part.encoded)
+                    if n == 1: fill(path / "others")
+                index.engine.finish()
+        except IndexProblem as e: os.write(write, b"# " + str(e).encode())
+        finally: os._exit(1)
+    os.close(write)
+    with os.fdopen(read) as lines: lines = lines.read().splitlines()
+    ended, done = os.waitpid(pid, 0)[1], sum(int(line) for line in lines if not line.startswith("#"))
+    (path / "others").unlink()
+    with HybridIndex(path / "i", encoder) as index:
+        there = {h.id for h in index.chunks()}
+        kept = {r["id"] for r in HEAVY[:done]} <= there
+        return [os.WTERMSIG(ended), lines[-1], done, kept, index.upsert(HEAVY).unchanged == len(there), index.count()]
+
+
+def on_a_small_disk(encoder, path, act, size):
+    "Do something on a disk of its own in another process; skip where none can be mounted."
     for part in range(0, len(HEAVY), 20): encoder.encode_counted(
         [r["text"] for r in HEAVY[part:part + 20]], outputs=("dense", "lexical", "multi"))
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
         try:
-            said = ["not allowed"]
-            if small_disk(tmp_path, "76m"):
-                with HybridIndex(tmp_path / "i", encoder) as index: said = list(load_until_it_stops(index))
-                ctypes.CDLL(None).mount(b"tmpfs", str(tmp_path).encode(), b"tmpfs", 32, b"size=300m")
-                with HybridIndex(tmp_path / "i", encoder) as index:
-                    said += [index.count(), *load_until_it_stops(index), index.count()]
+            said = act(encoder, path) if small_disk(path, size) else ["not allowed"]
             os.write(write, repr(said).encode())
         finally: os._exit(0)
     os.close(write)
     with os.fdopen(read) as answer: said = ast.literal_eval(answer.read() or "['the process was ended']")
     os.waitpid(pid, 0)
     if said == ["not allowed"]: pytest.skip("this system allows no mount")
-    done, why, there, more, nothing, whole = said
+    return said
+
+
+def test_a_full_disk(encoder, tmp_path):
+    "Refused before the system would end the process; with more room another run goes on."
+    done, why, there, more, nothing, whole = on_a_small_disk(encoder, tmp_path, refused_and_resumed, "76m")
     assert "the disk is full or nearly so" in why and "make room, run again" in why
     assert 0 < done == there < len(HEAVY) and (done + more, nothing, whole) == (len(HEAVY), "", len(HEAVY))
+
+
+def test_a_disk_that_fills_behind_the_check(encoder, tmp_path):
+    "The system ends the writer, or the engine refuses; what was acknowledged is there when room is made."
+    killed, said, done, kept, unchanged, whole = on_a_small_disk(encoder, tmp_path, ended_and_resumed, "300m")
+    assert killed == signal.SIGBUS or "the disk is full" in said
+    assert 0 < done < len(HEAVY) and kept and unchanged and whole == len(HEAVY)
 
 
 def test_fewer_and_coarser_multi_vectors(encoder, filled, tmp_path):

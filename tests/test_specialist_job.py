@@ -1,24 +1,25 @@
 """The job `specialist`: a training is taken over from an earlier run only with the same settings."""
 import json
-import subprocess
 
 import pytest
 
-from conftest import LAUNCHER, REPO
+from conftest import REPO
 
 MINI = str(REPO/"data"/"law_mini.jsonl")
 
 
-def specialist(cwd, env, variants, *more):
-    "Run the smoke parameters with these variants."
-    words = ["specialist", "-f", "specialist_smoke", "-p", "source", MINI,
-             "-p", "variants", json.dumps(variants), "--out", "run", *more]
-    return subprocess.run([*LAUNCHER, *words], cwd=cwd, env=env, capture_output=True, text=True)
-
-
-def test_other_settings_are_other_runs(tmp_path, env):
+@pytest.fixture
+def specialist(launch):
+    "A function that runs the smoke parameters with these variants."
     def run(variants, *more):
-        done = specialist(tmp_path, env, variants, *more)
+        return launch("specialist", "-f", "specialist_smoke", "-p", "source", MINI, "-p", "variants",
+                      json.dumps(variants), "--out", "run", *more)
+    return run
+
+
+def test_other_settings_are_other_runs(tmp_path, specialist):
+    def run(variants, *more):
+        done = specialist(variants, *more)
         assert done.returncode == 0, done.stderr
         return {p.parent.name: (p.stat().st_mtime_ns, p.read_text(encoding="utf-8"))
                 for p in (tmp_path/"run"/"parts").glob("*/train.ipynb")}
@@ -32,10 +33,10 @@ def test_other_settings_are_other_runs(tmp_path, env):
     assert '\\"retained_share\\": 0.5' in second[other][1]
 
 
-def test_a_far_subject_alone(tmp_path, env):
+def test_a_far_subject_alone(tmp_path, specialist):
     rows = [{"query": f"question {i}", "pos": f"The answer to question {i} is {i * i}."} for i in range(60)]
     (tmp_path/"far.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    done = specialist(tmp_path, env, {"plain": {}}, "-p", "special", "[]", "-p", "far_source", "far.jsonl",
+    done = specialist({"plain": {}}, "-p", "special", "[]", "-p", "far_source", "far.jsonl",
                       "-p", "far_options", "{}", "-p", "far_rows", "40")
     assert done.returncode == 0, done.stderr
     [folder] = (tmp_path/"run"/"parts").glob("far_plain-*")
@@ -47,6 +48,6 @@ def test_a_far_subject_alone(tmp_path, env):
 @pytest.mark.parametrize("words, said", [
     (["-p", "special", '["no such law"]'], "special names ['no such law']"),
     (["-p", "special", "[]"], "nothing to specialise on")])
-def test_a_subject_that_is_not_there_is_named(tmp_path, env, words, said):
-    done = specialist(tmp_path, env, {"plain": {}}, *words)
+def test_a_subject_that_is_not_there_is_named(specialist, words, said):
+    done = specialist({"plain": {}}, *words)
     assert done.returncode != 0 and said in done.stderr, done.stderr

@@ -13,11 +13,14 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
 
 root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root / "tests"))
+from forks import run_forked, Server  # noqa: E402
+
 bin = Path(sys.executable).parent
 SIDE_BY_SIDE = min(os.cpu_count() or 1, 4)   # a process with a model needs up to 3 GB
 IGNORED = shutil.ignore_patterns(".venv", ".git", "_*", "*.egg-info", "__pycache__", "build", "dist", "runs", "cache",
@@ -34,13 +37,13 @@ def shown(words):
     return " ".join(str(w).replace(f"{root}/", "") for w in words if "\n" not in str(w))
 
 
-def call(*words, cwd=root, env=None, quiet=False):
+def call(*words, cwd=root, env=None, quiet=False, run=subprocess.run):
     "Run a command when there is a place for it; its failure is an exception. A quiet one prints only when it fails."
     with places:
         print("$", shown(words), flush=True)
         start = time.perf_counter()
-        done = subprocess.run([str(w) for w in words], cwd=cwd, env=env or offline, text=True,
-                              stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None)
+        done = run([str(w) for w in words], cwd=cwd, env=env or offline, text=True,
+                   stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None)
     if done.returncode and quiet: print(f"{shown(words)} printed:\n{done.stdout}", flush=True)
     done.check_returncode()
     return time.perf_counter() - start
@@ -138,13 +141,20 @@ def jobs():
         if not (root / "params" / f"{name}_smoke.yaml").is_file():
             raise AssertionError(f"the job {name} has no params/{name}_smoke.yaml")
 
+    # The libraries are loaded once, and each job and its kernel forked from the process that has them; `packages` runs
+    # the command as a user does. Forking a process that has loaded torch is safe on Linux alone.
+    server = Server(offline) if sys.platform == "linux" else None
+    forked = partial(run_forked, server.address, timeout=None) if server else subprocess.run
+
     def run(name):
-        seconds = call(installed / "bin" / "bgem3-job", name, "-f", f"{name}_smoke", "--out", f"runs/{name}", cwd=empty,
-                       env=clone if name == "compare" else env, quiet=True)
+        seconds = call(sys.executable, installed / "bin" / "bgem3-job", name, "-f", f"{name}_smoke", "--out",
+                       f"runs/{name}", cwd=empty, env=clone if name == "compare" else env, quiet=True, run=forked)
         for file in (f"{name}.ipynb", f"{name}.html"):
             if not (empty / "runs" / name / file).is_file(): raise AssertionError(f"the job {name} left no {file}")
         return seconds
-    side_by_side(run, names)
+    try: side_by_side(run, names)
+    finally:
+        if server: server.close()
 
 
 def site():

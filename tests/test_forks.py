@@ -1,0 +1,66 @@
+"""Forked processes are processes as Python starts them: what the other tests may rely on."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from forks import Forked
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked there")
+SEEN = """import json, os, sys
+print(json.dumps({"argv": sys.argv, "name": __name__, "cwd": os.getcwd(), "own": os.environ.get("OWN"),
+                  "path": sys.path[0], "package": [m for m in sys.modules if m.startswith("bgem3_nb")],
+                  "here": __import__("bgem3_nb").__file__, "input": sys.stdin.read(), "pid": os.getpid()}))
+print("xin chào", file=sys.stderr)"""
+
+
+def test_streams_environment_and_place_are_its_own(python, env, tmp_path):
+    "As a process that is started anew; the package is not loaded before."
+    forked, started = python("-c", SEEN, "a", "b c"), python("-c", SEEN, "a", "b c", forked=False)
+    assert (forked.returncode, started.returncode) == (0, 0)
+    assert forked.stderr == started.stderr == "xin chào\n"
+    a, b = json.loads(forked.stdout), json.loads(started.stdout)
+    assert a.pop("pid") != b.pop("pid") and a == b
+    assert (a["argv"], a["cwd"], a["package"], a["own"]) == (["-c", "a", "b c"], str(tmp_path), [], None)
+    env["OWN"] = "1"
+    assert json.loads(python("-c", SEEN).stdout)["own"] == "1"
+
+
+@pytest.mark.parametrize("code, returned, said", [
+    ("import sys; sys.exit(3)", 3, ""), ("import sys; sys.exit('no file')", 1, "no file\n"),
+    ("import atexit; atexit.register(print, 'end')", 0, ""), ("import os; os.kill(os.getpid(), 9)", -9, ""),
+    ("import socket; socket.create_connection(('example.org', 80))", 1, "example.org was asked for")])
+def test_ends_as_python_ends(python, code, returned, said):
+    forked, started = python("-c", code), python("-c", code, forked=False)
+    assert forked.returncode == started.returncode == returned
+    assert said in forked.stderr and said in started.stderr
+    assert forked.stdout == started.stdout
+
+
+def test_a_file_and_a_module(python, tmp_path):
+    (tmp_path / "a.py").write_text("import sys\nprint(__name__, sys.argv[1:])")
+    assert python("a.py", "x").stdout == python("-m", "a", "x").stdout == "__main__ ['x']\n"
+
+
+def test_signals_reach_it_and_it_dies_with_the_one_who_asked(forks, env, tmp_path):
+    wait = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(600)"]
+    def begin():
+        process = Forked(forks, wait, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdout.readline() == b"begun\n" and process.poll() is None
+        return process
+    killed = begin()
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    left = begin()
+    left.connection.close()
+    left.answers.close()              # the last reference to the connection
+    end = time.monotonic() + 60
+    while os.path.exists(f"/proc/{left.pid}"):
+        assert time.monotonic() < end
+        time.sleep(.01)
+    left.stdout.close()
+    left.returncode = 0
