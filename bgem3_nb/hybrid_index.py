@@ -789,12 +789,17 @@ def _encode(self: HybridIndex, entries: list[Entry]) -> tuple[list, int]:
     e, cut = self._embed([x.encoded for x in entries])
     points = []
     for n, entry in enumerate(entries):
-        vectors = _vectors(e, n)
-        if not all(np.isfinite(v[1] if m == "lexical" else v).all() for m, v in vectors.items()):
+        if not all(np.isfinite(numbers).all() for numbers in _numbers(e, n)):
             raise IndexProblem(f"chunk {entry.id}: its embeddings are NaN or infinite; "
                                "the model's weights or its precision overflow")
-        points.append((entry.point, vectors, entry.full()))
+        points.append((entry.point, _vectors(e, n), entry.full()))
     return points, cut
+
+def _numbers(e: Embeddings, n: int) -> Iterator[np.ndarray]:
+    "Yield the numbers of one text, by mode."
+    if e.dense is not None: yield e.dense[n]
+    if e.lexical is not None: yield e.lexical.data[slice(*e.lexical.indptr[n:n + 2])]
+    if e.multi is not None: yield e.vectors(n)
 
 def _vectors(
     e: Embeddings,
@@ -803,8 +808,9 @@ def _vectors(
     "Return one text's vectors as an engine takes them."
     found = {}
     if e.dense is not None: found["dense"] = e.dense[n].tolist()
-    if e.lexical is not None and (row := e.lexical[[n]]).nnz:
-        found["lexical"] = (row.indices.tolist(), row.data.tolist())
+    if e.lexical is not None and len(ids := e.lexical.indices[slice(*e.lexical.indptr[n:n + 2])]):
+        weights = e.lexical.data[slice(*e.lexical.indptr[n:n + 2])]
+        found["lexical"] = (ids.tolist(), weights.tolist())
     if e.multi is not None and len(v := e.vectors(n)): found["multi"] = v.tolist()
     return found
 
