@@ -167,6 +167,7 @@ def main():
     if args.drive:
         address, folder, store, workers = args.drive
         return encode(address, Path(folder), Path(store), int(workers))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))        # so that the end below is reached
     import ray
     from ray.cluster_utils import Cluster
     from tiny_words import tiny, tiny_tokenizer

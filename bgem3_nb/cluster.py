@@ -144,7 +144,9 @@ def run_on_workers(
             running[getattr(worker, name).remote(*args)] = worker, call
         if not running: return
         ended, _ = ray.wait(list(running), timeout=stall_seconds)
-        if not ended: raise _what_waits(ray, asked, stall_seconds)
+        if not ended:
+            for waiting in running: ray.cancel(waiting)
+            raise _what_waits(ray, asked, stall_seconds)
         for reference in ended:
             worker, call = running.pop(reference)
             idle.append(worker)
@@ -231,10 +233,13 @@ def encode_on_cluster(
                total=len(texts) if hasattr(texts, "__len__") else None)
     with cluster_session(cluster) as ray, locked_store(path), bar:
         actors, asked = start_workers(ray, open_encoder, workers, threads)
-        settings = _check_workers(ray, actors, path, how, asked, stall_seconds)
-        writer = StoreWriter(path, settings)
-        run = _ShardRun(ray, actors, asked, stall_seconds, settings, set_aside)
-        for shard in run.encode(writer.missing(texts)): bar.update(len(shard.texts))
+        try:
+            settings = _check_workers(ray, actors, path, how, asked, stall_seconds)
+            writer = StoreWriter(path, settings)
+            run = _ShardRun(ray, actors, asked, stall_seconds, settings, set_aside)
+            for shard in run.encode(writer.missing(texts)): bar.update(len(shard.texts))
+        finally:
+            for actor in actors: ray.kill(actor)           # also those that never came
         bar.update(writer.n - bar.n)
         for left in path.glob("*.tmp"): left.unlink()      # of workers that died
         return writer.finish()

@@ -321,7 +321,7 @@ def results(run):
     "Numbers of a run, and its weights."
     metrics = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
     log = [h for h in metrics["training"]["unified"] if "loss" in h or "eval_all_nDCG@10" in h]
-    numbers = [[v for k, v in h.items() if k.startswith(("loss", "eval_", "grad_norm")) and "runtime" not in k]
+    numbers = [{k: v for k, v in h.items() if k.startswith(("loss", "eval_", "grad_norm")) and "runtime" not in k}
                for h in log]
     means = {f"{when} {m}": of["nDCG@10"]["mean"] for when in ("before", "after") for m, of in metrics[when].items()}
     return means, [h["step"] for h in log], numbers, load_file(run / "model" / "model.safetensors")
