@@ -339,7 +339,7 @@ def merge_candidates(
 
 # %% ../nbs/80_cluster.ipynb #99c1001d
 class _PartSearch:
-    "The search of a store in parts, by plain workers."
+    "Search a store in parts, by plain workers."
     def __init__(self, ray, store, part, workers, stall_seconds):
         self.ray, self.store, self.part, self.stall = ray, store, part, stall_seconds
         self.workers, self.asked = plain_workers(ray, workers)

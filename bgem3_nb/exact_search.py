@@ -522,9 +522,9 @@ def rescore(
 _HALF = {torch.float16: (2.**-11, 2.**-25), torch.bfloat16: (2.**-8, 2.**-134)}
 
 def _maxsim_error(
-    queries: Embeddings,   # with `multi`
+    queries: Embeddings,   # embeddings of the queries, with `multi`
     norm: float,           # largest norm of a passage's token
-    dtype: torch.dtype,    # of the products: fp16 or bf16
+    dtype: torch.dtype,    # precision of the products: fp16 or bf16
 ) -> np.ndarray:           # (n,) bound for each query
     "Bound how far MaxSim in half precision is from MaxSim in fp32, for any passage."
     (unit, least), d, n = _HALF[dtype], queries.multi.shape[1], len(queries)
@@ -573,12 +573,12 @@ def _near_best(
 
 # %% ../nbs/30_exact_search.ipynb #30e0d007
 def top_multi(
-    queries: Embeddings,                  # with `multi`
+    queries: Embeddings,                  # embeddings of the queries, with `multi`
     corpus,                               # `Embeddings` with `multi`, or an opened store
     k: int = 200,                         # passages wanted for each query
-    dtype: torch.dtype = torch.float16,   # of the proposals: fp16 or bf16
+    dtype: torch.dtype = torch.float16,   # precision of the proposals: fp16 or bf16
     progress: bool = False,               # show a bar
-    device: str | torch.device | None = None,   # of the products; None: the GPU if there is one
+    device: str | torch.device | None = None,   # device (None = a GPU if any)
 ) -> Candidates:                         # (n_q, min(k, passages)); of equals the lower number first
     "Find the best passages by MaxSim, proposed in half precision and scored in fp32."
     check_not_empty(corpus)

@@ -702,8 +702,8 @@ def _check_vectors(
 
 _SHARDING = ("shard_number", "replication_factor", "write_consistency_factor")
 
-def _check_sharding(sharding: dict):   # as for `_new_settings`
-    "Raises IndexProblem naming a setting of the shards that is not possible."
+def _check_sharding(sharding: dict):   # a setting of `_new_settings`
+    "Check the settings of the shards. Raises IndexProblem naming one that is not possible."
     wrong = {k: v for k, v in sharding.items() if k not in _SHARDING or type(v) is not int or v < 1}
     for name, value in wrong.items():
         raise IndexProblem(f"sharding gives some of {', '.join(_SHARDING)} a number from 1, not "
@@ -721,7 +721,7 @@ def _new_settings(
     model_name: str = "embedded",           # what to load for a search, for `bgem3-search`
     multi_tokens: int = 0,                  # most multi-vectors of a chunk (0 = all)
     quantization: dict[str, str] | None = None,   # "dense" or "multi" → "scalar" or "binary"
-    sharding: dict[str, int] | None = None,   # on a server: some of `_SHARDING` → number
+    sharding: dict[str, int] | None = None,   # some of `_SHARDING` → number, on a server
 ) -> dict:
     "Complete the settings of a new index. Raises IndexProblem naming one that is not possible."
     _check_vectors(outputs, multi_tokens, quantization or {})

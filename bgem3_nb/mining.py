@@ -621,7 +621,7 @@ def encode_and_search(
     k: int,                    # number of passages per query
     weights: dict[str, float], # mode weights of the search
     progress: bool = True,     # show progress bars
-    device: str | torch.device | None = None,   # of the search (None: the GPU if there is one)
+    device: str | torch.device | None = None,   # device of the search (None = a GPU if any)
 ) -> tuple:                    # queries and passages, encoded; candidates
     "Encode queries and corpus in memory, and find candidates."
     q = encoder.encode_queries(data.queries, outputs=tuple(weights))

@@ -79,8 +79,8 @@ def _attend_ragged(
 
 @cache
 def has_ragged_attention(
-    device: torch.device,   # with its number
-    dtype: torch.dtype,     # of the products
+    device: torch.device,   # device with its number
+    dtype: torch.dtype,     # precision of the products
 ) -> bool:
     "Try whether a device attends to texts of several lengths in one call, and rightly."
     if device.type != "cuda" or dtype == torch.float32: return False
@@ -112,8 +112,8 @@ class PackedEncoder:
 
     @staticmethod
     def supports(
-        encoder,                              # as `load_backbone` gives it
-        device: torch.device = torch.device("cpu"),   # where it is
+        encoder,                              # encoder from `load_backbone`
+        device: torch.device = torch.device("cpu"),   # device of the weights
         dtype: torch.dtype = torch.float32,   # precision of the products
     ) -> bool:
         """Check that an encoder has the usual layers (no adapters, no other attention or

@@ -549,7 +549,7 @@ def _padded_states(
 def _last_layers(
     model: M3Model,
     layers: int,     # how many
-) -> list:           # of modules, the lowest first
+) -> list:           # the layers, the lowest first
     "List the encoder's last layers. Raises ValueError where it does not have as many."
     stack = layer_stack(model.encoder)
     if not 0 < layers <= len(stack):
@@ -569,9 +569,9 @@ def _without_last(
 
 # %% ../nbs/16_projection.ipynb #16d00002
 class _WholeEncoder:
-    "An encoder of any family, whose states below the last layers are read, or put in."
+    "Read the states below the last layers of any encoder, or put such states in."
     def __init__(self,
-        encoder: nn.Module,   # of transformers; no module of ours, so that it is not trained twice
+        encoder: nn.Module,   # an encoder of transformers, not a module of ours
         layers: int,          # last layers, which are trained
     ):
         stack = layer_stack(encoder)

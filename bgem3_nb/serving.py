@@ -682,7 +682,7 @@ def _timed_protocol():
 
 def timed_http(
     limits: Settings,   # `header_seconds`, `max_connections`, `seconds`
-    **kwargs,           # from uvicorn
+    **kwargs,           # arguments from uvicorn
 ):
     "Make the protocol of one connection."
     return _timed_protocol()(limits, **kwargs)

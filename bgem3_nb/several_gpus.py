@@ -257,7 +257,7 @@ def get(self: CheckpointStore,
 @patch
 def keep(self: CheckpointStore,
     folder: str | Path,   # the trainer's directory
-    name: str,            # its newest checkpoint
+    name: str,            # name of its newest checkpoint
 ):
     "Copy a checkpoint, and drop what the directory has no more; what fails is a warning."
     folder = Path(folder)

@@ -197,8 +197,8 @@ def save_tokenizer(
 def hashed_share(
     text: str,        # a user, or a query
     salt: str = "",   # another one gives other places
-) -> float:           # in [0, 1), the same everywhere
-    "Place a text between 0 and 1 by a hash."
+) -> float:           # number in [0, 1), the same on every machine
+    "Hash a text to a number between 0 and 1."
     salted = f"{salt}\n{text}" if salt else text
     digest = blake2b(salted.encode("utf-8", "surrogatepass"), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48

@@ -353,7 +353,7 @@ def leave_to_first():
 
 # %% ../nbs/14_training.ipynb #84a00004
 def check_same(
-    settings: dict,   # of this process, by name
+    settings: dict,   # settings of this process, by name
 ):
     "Raise ValueError if this process has other settings than the first."
     first = from_first(lambda: settings)
@@ -760,7 +760,7 @@ def create_optimizer(self: M3Trainer, model=None):
 # %% ../nbs/14_training.ipynb #14d00005
 def _own_share(
     shared: bool,   # every process has a share
-) -> slice:         # of a list that is the same in every process
+) -> slice:         # part of a list that is the same in every process
     "Choose the part of a list that this process works on."
     if not shared or not dist.is_initialized(): return slice(None)
     return slice(dist.get_rank(), None, dist.get_world_size())
@@ -792,10 +792,10 @@ def _all_rows(
 
 # %% ../nbs/14_training.ipynb #84a00006
 def _score_shared(
-    queries: Embeddings,     # of all texts, in every process
+    queries: Embeddings,     # queries' embeddings, in every process
     passages: Embeddings,
     shared: bool,            # every process calls this
-    **settings,              # of `all_scores`
+    **settings,              # arguments of `all_scores`
 ) -> dict[str, np.ndarray]:  # mode to (queries, passages), in every process
     "Score all pairs, each process its share of the queries."
     world = dist.get_world_size() if shared and dist.is_initialized() else 1

@@ -26,17 +26,17 @@ nbs = root / "nbs"
 WIDTH, OTHER_WIDTH, LENGTH, SHOWN, TESTS, VERBS = 100, 120, 40, .95, .5, .9
 SCRIPTS = ("tests", "tools", "benchmarks")
 FIRST_WORDS = set("""
-add answer append apply ask assign average begin bound bring build calibrate call check choose clean collect color
-combine compare compile complete compute concatenate continue convert copy correct count cover create cut decide
+add answer append apply ask assign average begin bound bring build calibrate call check choose clean close collect
+color combine compare compile complete compute concatenate continue convert copy correct count cover create cut decide
 declare decode delete describe display divide do draw drop embed encode end enter escape estimate evaluate execute
-explain export extend fill find finish fit flush fold follow format free freeze gather get give go group guess handle
-hash have hold identify import index join judge keep label lay leave lend let limit list load lock log look make map
-mark measure merge mine mix move multiply name normalize note number offer open order pack pad pair parse pass pick
-plot pool prepare print project propose pull put query queue raise rank read recognize recommend record reduce refer
-refuse release remove rename reorder replace report require reserve resolve restore return reverse rotate round run
-sample save say score search select send separate serve set settle share shorten show signal silence sort split spread
-stand start state stop store stream subtract suggest sum summarize suspend swap tabulate take tell tokenize train
-translate truncate try turn typeset upload use wait walk warn watch weigh work wrap write yield
+explain export extend fetch fill find finish fit flush fold follow format free freeze gather get give go group guess
+handle hash have hold identify import index join judge keep label lay leave lend let limit list load lock log look
+make map mark measure merge mine mix move multiply name normalize note number offer open order pack pad pair parse
+pass pick plot pool prepare print project propose pull put query queue raise rank read reckon recognize recommend
+record reduce refer refuse release remove rename reorder replace report require reserve resolve restore return reverse
+rotate round run sample save say score search select send separate serve set settle share shorten show signal silence
+sort split spread stand start state stop store stream subtract suggest sum summarize suspend swap tabulate take teach
+tell tokenize train translate truncate try turn typeset upload use wait walk warn watch weigh work wrap write yield
 """.split())   # verbs with which docstrings begin; add others that are verbs
 
 
