@@ -18,6 +18,7 @@ import pandas  # noqa: F401
 import scipy.stats  # noqa: F401
 import sentence_transformers  # noqa: F401
 import torch  # noqa: F401
+from book import hide_others
 from nbdev.config import get_config
 from nbdev.test import test_nb
 from transformers import Trainer  # noqa: F401
@@ -61,4 +62,5 @@ def main(places, paths):
 
 
 if __name__ == "__main__":
+    hide_others()      # a chapter has what its first cell installs on Colab
     main(int(sys.argv[1]), [Path(p).absolute() for p in sys.argv[2:]])
