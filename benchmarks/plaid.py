@@ -51,7 +51,7 @@ def measure(n, cache):
         return list(torch.tensor_split(vectors, torch.from_numpy(offsets[1:-1].astype(np.int64))))
     documents, queries = (texts(kept[v], kept[o]) for v, o in (("vectors", "offsets"), ("queries", "query_offsets")))
     with tempfile.TemporaryDirectory() as folder:
-        index = search.FastPlaid(index=folder, device="cpu")
+        index = search.FastPlaid(index=str(Path(folder, "i")), device="cpu")
         start = time.process_time()
         index.create(documents_embeddings=documents)
         seconds = time.process_time() - start

@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import time
 from copy import deepcopy
 from dataclasses import replace
@@ -314,6 +315,16 @@ def test_bad_items_are_refused_by_name(rows, wanted, encoder, filled):
     assert index.count(Principal(LEVELS, ["hr", "it", "law"])) == before
 
 
+def test_a_bad_batch_leaves_those_before_it(encoder, tmp_path):
+    "An id that comes twice, or a payload of another type, in the second batch."
+    good = [{"id": "a", "text": "lương"}, {"id": "b", "text": "thuế", "year": 2020}]
+    with HybridIndex(tmp_path / "i", encoder, fields={"year": "integer"}) as index:
+        for bad in ([{"id": "c", "text": "họp"}, {"id": "c", "text": "xe"}],
+                    [{"id": "c", "text": "họp"}, {"id": "d", "text": "xe", "year": "2020"}]):
+            with pytest.raises(IndexProblem, match="given twice|must be integer"): index.upsert(good + bad, batch=2)
+            assert {h.id for h in index.chunks()} == {"a", "b"}
+
+
 def test_bad_reads_are_one_sentence(filled):
     index, who = filled[0], Principal(LEVELS)
     for wanted, arguments in {
@@ -547,5 +558,12 @@ def test_the_terminal(tmp_path, encoder, capsys, monkeypatch):
     index = HybridIndex(tmp_path / "i")
     assert main([str(tmp_path / "i"), "lương", "--as", "public"]) == 1
     assert "another process has this index open" in capsys.readouterr().err
+    assert main(["http://127.0.0.1:9", "lương"]) == 1
+    error = capsys.readouterr().err
+    assert "the server does not answer" in error and error.count("\n") == 1
+    index.close()
+    monkeypatch.setitem(sys.modules, "qdrant_edge", None)        # not installed
+    assert main([str(tmp_path / "i"), "lương", "--as", "public"]) == 1
+    assert 'pip install "bgem3_nb[index]"' in capsys.readouterr().err
     assert point_id("a") == point_id("a") != point_id("b")
     index.close()

@@ -16,7 +16,9 @@ def test_an_index_is_built_brought_up_to_date_and_spared_by_a_bad_row(launch, tm
     rows, words = tmp_path / "rows.jsonl", ["-p", "source", "rows.jsonl", "-p", "levels", "internal", "--out", "run",
                                             "-p", "fields", "{year: integer}", "--no-progress"]
     rows.write_text("".join(json.dumps(r) + "\n" for r in ROWS), encoding="utf-8")
-    done = launch("index", *words, "-p", "question", "nghỉ phép", "-p", "principal", "internal")
+    done = launch("index", *words, "-p", "dry_run", "true")
+    assert done.returncode == 0 and "nothing was written" in done.stdout and not (tmp_path / "run" / "index").exists()
+    done = launch("index", *words, "--force", "-p", "question", "nghỉ phép", "-p", "principal", "internal")
     assert done.returncode == 0, done.stderr
     assert "3 chunks encoded" in done.stdout and "1 chunks have no declared level" in done.stdout
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["unseen"] == 1
@@ -27,3 +29,5 @@ def test_an_index_is_built_brought_up_to_date_and_spared_by_a_bad_row(launch, tm
     with HybridIndex(tmp_path / "run" / "index") as index:
         found = index.chunks(principal=Principal(["internal"]))
         assert {h.id: h.payload["year"] for h in found} == {"a": 2024, "c": 2022}
+        done = launch("index", *words, "--force")
+        assert done.returncode == 1 and "another process has this index open" in done.stderr, done.stderr
