@@ -207,7 +207,8 @@ def arm_of(
 ) -> str:                   # "old" or "new"
     "Choose an arm by a hash."
     if not 0 <= share <= 1: raise ValueError(f"share must be from 0 to 1, not {share}")
-    return "new" if hashed_share(key, experiment) < share else "old"
+    salt = f"arm\n{experiment}" if experiment else ""     # without one: as serving divides
+    return "new" if hashed_share(key, salt) < share else "old"
 
 # %% ../nbs/38_model_change.ipynb #38a00022
 class SearchLog:
@@ -253,7 +254,7 @@ def team_draft(
         if all(left.values()) and len(tops) == 1:
             pick("old", "both")
             continue
-        first = ("old", "new") if hashed_share(key, f"draft {n}") < .5 else ("new", "old")
+        first = ("old", "new") if hashed_share(f"{key}\n{n}", "draft") < .5 else ("new", "old")
         n += 1
         for arm in first:
             if left[arm] and len(shown) < k: pick(arm, arm)
