@@ -399,7 +399,7 @@ def _run_settings(args: M3TrainingArguments) -> dict:
     names = [f.name for f in fields(M3TrainingArguments) if f.name not in base]
     names += ["seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
               "weight_decay", "max_steps", "num_train_epochs", "lr_scheduler_type", "warmup_steps",
-              "lr_scheduler_kwargs", "world_size"]
+              "lr_scheduler_kwargs"]
     values = {n: getattr(args, n) for n in names}
     values["per_device_train_batch_size"] *= args.world_size   # of all processes together
     return {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}

@@ -118,8 +118,9 @@ def test_two_processes_in_half_precision(tmp_path):
     assert torch.equal(a["found"], alone["found"]) and torch.equal(b["found"], alone["found"])
     for part in ("encoded", "scored"): assert a[part] == b[part] == alone[part] / 2, part
     fewer = trainer(tmp_path / "fewer", **half_settings(2)).args
-    with pytest.raises(ValueError, match="was trained with world_size=2, and now it is 1"):
+    with pytest.raises(ValueError, match="was trained with per_device_train_batch_size=8, and now it is 4"):
         _check_settings(tmp_path / "two" / "checkpoint-4", fewer)
+    _check_settings(tmp_path / "two" / "checkpoint-4", trainer(tmp_path / "whole", **half_settings(1)).args)
 
 
 @pytest.mark.parametrize("kind", ["XLMRoberta", "Bert", "DistilBert", "ModernBert"])
