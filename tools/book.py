@@ -1,4 +1,5 @@
 """What an installation of the extra `book` has: all that a page's first cell installs on Colab."""
+import importlib.util
 import sys
 from configparser import ConfigParser
 from importlib.metadata import PackageNotFoundError, packages_distributions, requires
@@ -45,5 +46,8 @@ class Hidden:
 
 
 def hide_others():
-    "From now on, let this process import what `book` brings, and nothing else that is installed."
-    sys.meta_path.insert(0, Hidden())
+    "From now on, let this process import and find what `book` brings, and nothing else that is installed."
+    hidden, find_spec = Hidden(), importlib.util.find_spec
+    sys.meta_path.insert(0, hidden)
+    importlib.util.find_spec = lambda name, package=None: (
+        None if name in hidden.names else find_spec(name, package))
