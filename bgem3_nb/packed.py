@@ -160,7 +160,8 @@ def _attention(self: PackedEncoder,
 def refresh_weights(self: PackedEncoder):
     "Take the weights again if they have changed since."
     weights = list(self.encoder.encoder.parameters())
-    first = torch.stack([w.detach().flatten()[0].float() for w in weights]).tolist()   # one copy
+    first = [w.detach().flatten()[0].float() for w in weights]
+    first = torch.stack(first).tolist() if first else []   # one copy; no layers, no weights
     now = [(w.data_ptr(), w._version, x) for w, x in zip(weights, first)]
     if now == self.seen: return
     packed = lambda *m: _PackedLinear(*m, dtype=self.dtype)

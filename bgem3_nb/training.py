@@ -758,13 +758,6 @@ def create_optimizer(self: M3Trainer, model=None):
     return self.optimizer
 
 # %% ../nbs/14_training.ipynb #14d00005
-def _own_share(
-    shared: bool,   # every process has a share
-) -> slice:         # part of a list that is the same in every process
-    "Choose the part of a list that this process works on."
-    if not shared or not dist.is_initialized(): return slice(None)
-    return slice(dist.get_rank(), None, dist.get_world_size())
-
 def _encode_shared(
     encode,              # `encode_queries` or `encode_passages` of an encoder
     texts: list[str],    # the same in every process
@@ -772,23 +765,11 @@ def _encode_shared(
     shared: bool,        # every process calls this
 ) -> Embeddings:         # embeddings of all texts, in every process
     "Encode texts, each process its share of them."
-    texts, mine = list(texts), _own_share(shared)
-    found = encode(texts[mine], outputs=outputs)
-    if mine == slice(None): return found
-    parts = _gather(found)
+    texts = list(texts)
+    if not shared or not dist.is_initialized(): return encode(texts, outputs=outputs)
+    parts = _gather(encode(texts[dist.get_rank()::dist.get_world_size()], outputs=outputs))
     places = [np.arange(rank, len(texts), len(parts)) for rank in range(len(parts))]
     return Embeddings.concat(parts, np.concatenate(places))
-
-def _all_rows(
-    scores: dict[str, np.ndarray],   # mode to the scores of this process's share of the queries
-    queries: int,                    # number of all queries
-) -> dict[str, np.ndarray]:          # mode to the scores of all queries, in every process
-    "Join the scores of all processes."
-    parts = _gather(scores)
-    joined = {mode: np.empty((queries, s.shape[1]), s.dtype) for mode, s in scores.items()}
-    for rank, part in enumerate(parts):
-        for mode, s in part.items(): joined[mode][rank::len(parts)] = s
-    return joined
 
 # %% ../nbs/14_training.ipynb #84a00006
 def _score_shared(
@@ -820,15 +801,14 @@ def search_scores(
     length = min(args.search_length, max_positions(model.encoder) or args.search_length)
     encoder = M3Encoder(model, max_length=length, device=args.device, dtype=args.dtype,
                         progress=not args.disable_tqdm)
-    mine = _own_share(shared)
-    queries = encoder.encode_queries(list(data.queries)[mine], outputs=args.modes)
+    queries = _encode_shared(encoder.encode_queries, data.queries, args.modes, shared)
     passages = _encode_shared(encoder.encode_passages, data.passages, args.modes, shared)
     dtype = torch.bfloat16 if args.use_cpu and args.bf16 else torch.float32
     scores = _score_shared(queries, passages, shared, dtype=dtype, device=args.device)
     for w in widths if "dense" in args.modes else ():
         q, p = (unit_vectors(side.dense[:, :w]) for side in (queries, passages))
         scores[f"dense@{w}"] = q @ p.T
-    return _all_rows(scores, len(data.queries)) if mine != slice(None) else scores
+    return scores
 
 @patch
 def evaluate(self: M3Trainer,

@@ -17,7 +17,8 @@
 set -euo pipefail
 
 # Machine 0 is the first of the job's nodes; any free port will do.
-head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+head=${nodes%%$'\n'*}
 port=$((20000 + SLURM_JOB_ID % 20000))
 
 # One task a node, which starts a process for each GPU. A requeued job goes on from its last checkpoint.

@@ -122,7 +122,8 @@ def check_report(run):
     "The settings are all parameters that the result depends on; the page begins with the summary, its set-up folded."
     from bgem3_nb.jobs import find_jobs, job_params
     config = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    aside = {"out", "progress", "resume", "check", "report_to", "price_per_hour", "push_to_hub"}
+    aside = {"out", "progress", "resume", "check", "report_to", "price_per_hour", "push_to_hub",
+             "checkpoints"}
     assert config.keys() == job_params(find_jobs()["train"]).keys() - aside
     assert (config["replace_heads"], config["search_length"]) == (True, 60)
     page = (run / "train.html").read_text(encoding="utf-8")

@@ -19,10 +19,11 @@ def settings_cell(tmp_path, **changed):
     params = job_params(find_jobs()["train"])
     from bgem3_nb.queries import check_kinds
     from bgem3_nb.stages import stage_plan
-    from bgem3_nb.training import M3TrainingArguments
+    from bgem3_nb.training import M3TrainingArguments, check_same
     names = {k: p.default for k, p in params.items()} | changed | {
         "out": tmp_path, "check_kinds": check_kinds, "stage_plan": stage_plan,
-        "M3TrainingArguments": M3TrainingArguments, "report": SimpleNamespace(params=params)}
+        "M3TrainingArguments": M3TrainingArguments, "check_same": check_same, "settings": {},
+        "report": SimpleNamespace(params=params)}
     exec("".join(next(c for c in cells if c["id"] == "52a00002")["source"]), names)
     return names
 
@@ -31,7 +32,7 @@ def settings_cell(tmp_path, **changed):
     (dict(epochs=2., steps=50), "epochs is 2.0 and steps is 50"),
     (dict(epochs=-1.), "num_train_epochs=-1.0 trains nothing"),
     (dict(steps=0), "max_steps=0"),
-    (dict(stages={"unified": {"num_train_epochs": 2., "max_steps": 9}}), "drop one"),
+    (dict(stages={"unified": {"num_train_epochs": 2., "max_steps": 9}}), "leave one out"),
     (dict(accumulation=0), "gradient_accumulation_steps must be at least 1"),
     (dict(patience=-1), "patience must be at least 0"),
     (dict(modes=[]), "modes names no output"),
