@@ -30,7 +30,8 @@ from threading import Thread
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "RAY_USAGE_STATS_ENABLED": "0",
+               "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/"}
 from bgem3_nb.cluster import encode_on_cluster   # noqa: E402
 from bgem3_nb.encoding import M3Encoder          # noqa: E402
 from bgem3_nb.store import encode_corpus         # noqa: E402

@@ -44,7 +44,8 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def nodes():
     "One small cluster for all tests of this file: one core, so room for two workers, whatever the machine has."
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # a cluster that says nothing reports that; here to a port on which nobody listens
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_USAGE_STATS_REPORT_URL": "http://127.0.0.1:9/"}
     cluster = Cluster(initialize_head=True, head_node_args={
         "num_cpus": 1, "include_dashboard": False, "_system_config": {"health_check_timeout_ms": 60_000}})
     yield cluster
