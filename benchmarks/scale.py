@@ -29,7 +29,7 @@ from bgem3_nb.encoding import Embeddings, M3Encoder                           # 
 from bgem3_nb.scale import Machine, Prices, Rates, limits, passage_bytes, plan   # noqa: E402
 from bgem3_nb.store import EmbeddingStore, _write_info, _write_shard, shard_file   # noqa: E402
 
-D, SHARD, TERMS, TOKENS, VOCABULARY = 256, 1000, 60, 50, 250_000
+D, SHARD, TERMS, TOKENS, VOCABULARY = 384, 1000, 60, 50, 250_000
 WORDS = "luật lao động quy định người được nghỉ phép năm hợp đồng tiền lương giờ làm việc thuê nhà đất".split()
 
 
@@ -126,8 +126,10 @@ def main():
     small, last = table.iloc[0], table.iloc[-1]
     print(f"bytes a passage: {last['bytes']:,.0f} (dense, lexical), {small['bytes all']:,.0f} with {TOKENS} multi-"
           f"vectors, which take {small['write all'] * 1e6:.0f} microseconds to write\n")
-    own = Rates(1 / last["encode"], small["bytes all"] / small["write all"], args.queries / last["mine"],
-                2 * args.queries * args.depth / args.part / max(last["merge"], 1e-12))
+    measured = (1 / last["encode"], small["bytes all"] / small["write all"], args.queries / last["mine"])
+    own = Rates(*map(float, measured))
+    if last["merge"]:      # more than one part
+        own.merge = float(2 * args.queries * args.depth / args.part / last["merge"])
     given = {k: v for k, v in vars(args).items() if v is not None}
     prices, machine, rates = (kind(**{f.name: given[f.name] for f in fields(kind) if f.name in given})
                               for kind in (Prices, Machine, Rates))
