@@ -6,7 +6,8 @@
     python benchmarks/serving.py --model DIR         another model than the embedded one, with trained heads
     python benchmarks/serving.py --onnx int8         the same model exported behind `bgem3-serve` too
     python benchmarks/serving.py --kill              and then a worker is killed in the middle of a load
-    python benchmarks/serving.py --fuzz 10000        so many requests made at random, and what was answered
+    python benchmarks/serving.py --fuzz 10000        so many requests made at random to a tiny exported model, and
+                                                     what was answered
 
 A client sends a request when its last one is answered: one to four clauses of Vietnamese codes, of 8 to 320 words, and
 wants the dense vectors. The same requests in the same order go to every server. Both run in one process with all cores.
@@ -182,8 +183,13 @@ def fuzz(model, n):
     "Send requests made at random; print how often each status came."
     from collections import Counter
 
+    from bgem3_nb.onnx_export import export_onnx
     from test_serving import KEYS, send_forms, send_random_bytes, Server  # noqa: F401
+    from tiny_run import tiny_model
     with tempfile.TemporaryDirectory() as d:
+        if not model:
+            model = f"{d}/onnx"
+            export_onnx(tiny_model(), model, "fp32")
         server = Server(Path(d) / "log", model, "--max-bytes", "20000", "--body-seconds", "1")
         try:
             start, bytes_, forms = time.monotonic(), send_random_bytes(server, n // 2), send_forms(server, n // 2)
@@ -206,7 +212,7 @@ def main():
     args = parser.parse_args()
     from bgem3_nb.model import M3Model
     from bgem3_nb.onnx_export import export_onnx
-    if args.fuzz: return fuzz(args.model or "embedded", args.fuzz)
+    if args.fuzz: return fuzz(args.model, args.fuzz)
     with tempfile.TemporaryDirectory() as d:
         model = M3Model.from_pretrained(args.model or "embedded", new_heads="identity")
         model.save_pretrained(f"{d}/model")
