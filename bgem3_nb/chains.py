@@ -18,11 +18,13 @@ from functools import partial
 from hashlib import blake2b
 from html import escape
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import fill
 from typing import Any
 
 from .files import replace_file
 from .jobs import (
-    about_job, check_divides, closest, execute_plan, find_jobs, find_params, html_table,
+    about_job, check_divides, check_inputs, closest, execute_plan, find_jobs, find_params, html_table,
     job_notebook, job_params, JobError, JobFailed, JobPlan, Place, plan_job, read_params,
     run_in_processes, summary_text, with_stamps)
 
@@ -115,7 +117,7 @@ def _words_of_steps(words, names):
         of_step[step].append((param, text))
     return of_step
 
-# %% ../nbs/49_chains.ipynb #c4a2000e
+# %% ../nbs/49_chains.ipynb #57a00010
 @dataclass
 class Chain:
     "Hold a checked chain: its file, its directory, and the plan of each step."
@@ -125,6 +127,7 @@ class Chain:
 
     def __str__(self): return "\n\n".join(map(str, self.plans.values()))
 
+# %% ../nbs/49_chains.ipynb #c4a2000e
 def plan_chain(
     name: str | Path,                        # path, or name of one of the project's chains
     words: Sequence[tuple[str, str]] = (),   # ("train.steps", text) pairs, as after `-p`
@@ -142,6 +145,8 @@ def plan_chain(
     for s in steps:
         if s.name in plans:
             raise JobError(f"{s.places['job']}: the step {s.name!r} comes twice; give it a `name`")
+        try: job_notebook(s.job)
+        except JobError as e: raise JobError(f"{s.places['job']}: {e}") from None
         params = {k: _fill_steps(v, folders, s.places[k]) for k, v in s.params.items()}
         plan = plan_job(s.job, s.files, words[s.name], params, out/s.name, s.places)
         for word in dict(words[s.name]):
@@ -248,6 +253,8 @@ def chain_for(
     "Return the chain for a folder, or for a file that is not a chain."
     from bgem3_nb.formats import detect_format
     from bgem3_nb.rows import RowError
+    if Path(data).is_dir() and not any(p.is_file() for p in Path(data).rglob("*")):
+        raise JobError(f"{data}: there is no file in this folder")
     try:
         detect_format(data)
         return "rows", [("prepare.data", str(data))]
@@ -259,6 +266,9 @@ class _Parser(ArgumentParser):
     def error(self, message): raise JobError(f"{message}; see bgem3-job --help")
 
 
+_OPTIONS = ("--dry-run", "--force", "--out", "--smoke", "-f", "-p", "--file", "--param")
+
+
 def _pull_words(argv):
     "Take `-p NAME VALUE` out of the arguments, whatever the value looks like (`-1e-3`)."
     words, rest, argv = [], [], list(argv)
@@ -267,7 +277,8 @@ def _pull_words(argv):
         if arg not in ("-p", "--param"):
             rest.append(arg)
             continue
-        if len(argv) < 2: raise JobError("-p takes a name and a value: -p steps 200")
+        if len(argv) < 2 or argv[1] in _OPTIONS:
+            raise JobError("-p takes a name and a value: -p steps 200")
         words.append((argv.pop(0), argv.pop(0)))
     return words, rest
 
@@ -305,7 +316,9 @@ def _join(plan, processes, progress):
 def _list_jobs():
     "Print all jobs."
     jobs = find_jobs()
-    for name, path in jobs.items(): print(f"{name:16} {about_job(path)}")
+    width = max(60, get_terminal_size((100, 24)).columns)
+    for name, path in jobs.items():
+        print(fill(f"{name:16} {about_job(path)}", width, subsequent_indent=" " * 17))
     if not jobs: print("no jobs")
     print("\nbgem3-job NAME --help lists the parameters of a job.")
 
@@ -313,10 +326,12 @@ def _list_jobs():
 def _list_params(name):
     "Print the parameters of a job."
     path = job_notebook(name)
-    print(f"{name}: {about_job(path)}\n")
-    print("parameters, set by -p NAME VALUE or in a YAML file by -f FILE:")
+    width = max(60, get_terminal_size((100, 24)).columns)
+    print(fill(f"{name}: {about_job(path)}", width))
+    print("\nparameters, set by -p NAME VALUE or in a YAML file by -f FILE:")
     for p in job_params(path).values():
-        print(f"  {p.name:20} {p.type_name:24} {p.default!r:24} {p.help}")
+        for text, indent in ((f"{p.name}: {p.type_name} = {p.default!r}", 2), (p.help, 8)):
+            print(fill(text, width, initial_indent=" " * indent, subsequent_indent=" " * 8))
     print("\noptions: see bgem3-job --help")
 
 # %% ../nbs/49_chains.ipynb #fc50639a
@@ -356,15 +371,19 @@ def _command(argv):
     asks_help = any(a in ("-h", "--help") for a in rest)
     if asks_help and not [a for a in rest if not a.startswith("-")]: return _parser().print_help()
     args = _parser().parse_args([a for a in rest if a not in ("-h", "--help")])
+    if asks_help and args.job == "run": return _parser().print_help()
     if args.job == "params" and not args.of: raise JobError("name a job: bgem3-job params NAME")
     if args.job == "params" or asks_help and args.job != "list":
         return _list_params(args.of or args.job)
     if args.job in ("run", "list"): _processes(args)     # refuses several
     if args.job == "run": return _run_command(args, words)
     if args.smoke: raise JobError("--smoke is for a chain; bgem3-job run CHAIN --smoke")
-    if args.of: raise JobError(f"one job at a time: {args.of!r} is one too many")
+    if args.of:
+        raise JobError(f"{args.of!r} has no name of a parameter before it: -p NAME {args.of}; "
+                       f"bgem3-job {args.job} --help lists the names")
     if args.job == "list": return _list_jobs()
     plan = plan_job(args.job, args.file, words, out=args.out)
+    check_inputs(plan, closely=args.dry_run)   # a run may go on without one entry of a list
     processes, progress = _processes(args, plan), not args.no_progress
     if args.dry_run: return print(plan, *[f"processes: {processes}"] * bool(processes), sep="\n")
     if processes and processes.node_rank: return _join(plan, processes, progress)
@@ -376,7 +395,9 @@ def _command(argv):
 # %% ../nbs/49_chains.ipynb #c4a20021
 def _run_command(args, words):
     "Execute `bgem3-job run`."
-    if not args.of: raise JobError("name a chain or a folder of documents: bgem3-job run CHAIN")
+    if not args.of:
+        raise JobError("name a chain, a folder of documents or data: bgem3-job run my_documents, "
+                       "or one of the project's chains, such as bgem3-job run company")
     if args.file: raise JobError("-f is for one job; in a chain, a step names its `file`")
     path, name, out = Path(args.of).expanduser(), args.of, args.out
     if path.is_dir() or path.is_file() and path.suffix not in (".yaml", ".yml"):
@@ -384,6 +405,7 @@ def _run_command(args, words):
         out = out or f"data/runs/{path.resolve().stem}" + "_smoke" * args.smoke
         words = [*more, *words]
     chain = plan_chain(name, words, out, args.smoke)
+    for plan in chain.plans.values(): check_inputs(plan, [chain.out], args.dry_run)
     if args.dry_run: return print(chain)
     page = run_chain(chain, args.force, not args.no_progress, args.hide_code)
     print(f"bgem3-job: {chain.file.stem} finished: {page}", file=sys.stderr)

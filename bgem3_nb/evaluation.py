@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'ARABIC_SIGNS', 'ARABIC_LETTERS', 'CHANGES', 'FEW_TO_FIT', 'GOOD_START', 'FEW_ROWS', 'FEW_QUERIES',
-           'FEW_PASSAGES', 'WIDE', 'LOSS_ELSEWHERE', 'relevant_ranks', 'Evaluation', 'evaluate_scores',
+           'FEW_PASSAGES', 'WIDE', 'LOSS_ELSEWHERE', 'relevant_ranks', 'Evaluation', 'parse_metrics', 'evaluate_scores',
            'evaluate_modes', 'evaluate_top', 'word_tokens', 'bm25_scores', 'bootstrap_interval', 'metrics_table',
            'Comparison', 'paired', 'holm', 'plot_intervals', 'query_results', 'write_query_results', 'wrong_queries',
            'compare_queries', 'QueryTable', 'likely_weights', 'usual_weights', 'fit_weights', 'validation_metrics',
@@ -122,11 +122,15 @@ class Evaluation:
                                                     for m in self.per_query)
 
 # %% ../nbs/40_evaluation.ipynb #4aceb6e5
-def _measures(metrics):
-    "Look up the measures of ir-measures by name."
+def parse_metrics(
+    metrics: Sequence[str],   # names such as "nDCG@10"
+) -> dict:                    # name to measure of ir-measures
+    "Look up metrics by their names. Raises ValueError for one that ir-measures does not know."
     ir_measures = _ir_measures()
     try: return {m: ir_measures.parse_measure(m) for m in metrics}
-    except (NameError, ValueError) as e: raise ValueError(f"metrics {metrics}: {e}") from e
+    except (NameError, ValueError) as e:
+        raise ValueError(f"metrics {metrics}: {e}; write names such as nDCG@10, R@100, RR@10 "
+                         "or AP@100") from e
 
 def _grades(row, rel):
     """List the grades of the relevant passages in the order of their ranks; among ties, the
@@ -155,7 +159,7 @@ def evaluate_scores(
 ) -> Evaluation:
     """Compute metrics for every query, with ties counted against the system. Raises ValueError
     on bad shapes, NaN or a query without relevant passages."""
-    measures, all_ranks = _measures(metrics), relevant_ranks(scores, qrels)
+    measures, all_ranks = parse_metrics(metrics), relevant_ranks(scores, qrels)
     cutoffs = [m.params.get("cutoff") for m in measures.values()]
     scores, run, truth = np.asarray(scores), {}, {}
     for i, ranks in enumerate(all_ranks):
@@ -184,7 +188,7 @@ def evaluate_modes(
 def _check_depth(metrics, k, n_passages):
     "Raise ValueError if a metric looks deeper than k passages and the corpus has more."
     if n_passages is not None and n_passages <= k: return
-    for name, measure in _measures(metrics).items():
+    for name, measure in parse_metrics(metrics).items():
         depth = measure.params.get("cutoff")
         if depth is None or depth > k:
             raise ValueError(f"{name} looks at {depth or 'all'} passages, but only the best {k} "

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['RENAMED', 'JobError', 'job_roots', 'is_job', 'find_jobs', 'about_job', 'Fields', 'JobParam', 'job_params', 'Unsure',
            'Misfit', 'fit_value', 'closest', 'from_text', 'find_params', 'Place', 'read_params', 'JobPlan',
-           'job_notebook', 'plan_job', 'part_path', 'with_stamps', 'part_result', 'run_directory', 'JobFailed',
-           'execute_plan', 'check_divides', 'run_process', 'run_in_processes', 'summary_text', 'unmet_requirements',
-           'run_job', 'html_table', 'JobSummary', 'ParameterTable', 'JobReport']
+           'job_notebook', 'plan_job', 'check_inputs', 'part_path', 'with_stamps', 'part_result', 'run_directory',
+           'JobFailed', 'execute_plan', 'check_divides', 'run_process', 'run_in_processes', 'summary_text',
+           'unmet_requirements', 'run_job', 'html_table', 'JobSummary', 'ParameterTable', 'JobReport']
 
 # %% ../nbs/48_jobs.ipynb #e9dddd07
 import ast
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -220,6 +221,17 @@ class Unsure(str):
     "Mark an unquoted word that versions of YAML read differently: `no`, `2024-05-01`, `010`."
 
 
+def _one_of(values):
+    "List the values that are possible."
+    return f"one of {', '.join(map(repr, values))}"
+
+
+def _nearest(word, words):
+    "Suggest the most similar of some names, or nothing."
+    close = get_close_matches(str(word), [str(w) for w in words if w], 1, 0.7)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 class Misfit(ValueError):
     "Report a value that does not fit its type; `path` has the keys that lead to it."
     def __init__(self, value: Any, type_: Any, path: tuple = (), problem: str = ""):
@@ -229,6 +241,9 @@ class Misfit(ValueError):
         if len(shown) > 100: shown = f"{shown[:99]}…"
         hint = f'; write "{value}" in quotes' if text else ""
         self.problem = problem or f"must be {_type_name(type_)}, not {shown}{hint}"
+        if not problem and get_origin(type_) is Literal:
+            known = get_args(type_)
+            self.problem = f"must be {_one_of(known)}, not {shown}{_nearest(value, known)}"
         super().__init__(self.problem)
 
 # %% ../nbs/48_jobs.ipynb #5d1f0a34
@@ -425,8 +440,8 @@ def find_params(
            for p in sorted((root / folder).glob("*.yaml"))}
     if str(path.parent) in (".", folder) and path.suffix in ("", ".yaml") and path.stem in own:
         return own[path.stem]
-    what = "parameter file" if folder == "params" else "chain"
-    raise JobError(f"there is no {what} {name!r}; "
+    what = "parameter file" if folder == "params" else "chain, file or folder"
+    raise JobError(f"there is no {what} {name!r}{_nearest(name, own)}; "
                    f"the project's own are: {', '.join(sorted(own)) or 'none'}")
 
 # %% ../nbs/48_jobs.ipynb #62b190ee
@@ -473,6 +488,9 @@ def read_params(
 
 def _read_params_text(path):
     "Read a file as (YAML node, value), or say where it is not YAML."
+    if Path(path).suffix in (".jsonl", ".csv", ".tsv", ".parquet"):
+        raise JobError(f"{path} holds data and not parameters; name it by a parameter, such as "
+                       f"-p source {path}")
     try:
         text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix == ".json": text = text.replace("\t", " ")   # YAML has no tabs
@@ -490,6 +508,55 @@ def _refuse_keys(name, value, where):
     try: refuse_keys(value, name)
     except ValueError as e:
         raise JobError(str(e) if where.startswith("-") else f"{where}: {e}") from None
+
+# %% ../nbs/48_jobs.ipynb #57a00002
+_CHOICES = {   # parameter -> the names that it, its items or its keys may have
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "distill": ("ensemble", "pairwise", "guided", ""),
+    "by": ("language", "query_type", "source", "domain", "difficulty"),
+    "new_heads": ("identity", "random", ""), "start": ("pca", "random"),
+    "pooling": ("cls", "mean", "last", "weightedmean", "max", ""),
+    "normalize": ("nfc", "invisible", "arabic_marks", "arabic_letters", "digits",
+                  "vietnamese_tones"),
+    "outputs": ("dense", "lexical", "multi"), "weights": ("dense", "lexical", "multi"),
+    "multi_dtype": ("float32", "float16", "int8"),
+    "sampling_strategy": ("random", "top"), "top_up": ("spare", "random", "none"),
+    "rules": ("same text", "jaccard", "containment", "minhash", "multi", "ratio", "score",
+              "margin", "agreement", "reranker"),
+    "query_kinds": ("quotation", "keywords", "shortened", "query_keywords", "hurried"),
+    "reject": ("duplicate_row", "positive_is_negative", "contradiction", "query_leak",
+               "repeated_query", "passage_leak", "near_duplicate", "near_query_leak",
+               "near_passage_leak", "negative_near_positive", "missing_language",
+               "wrong_language", "decomposed", "legacy_encoding", "length")}
+_POSITIVE = {"steps", "batch_size", "accumulation", "validations", "num_negatives", "d_out", "k",
+             "repeats", "shard_size", "chunks_at_once", "passage_length", "search_length"}
+_SHARES = {"valid", "test", "near", "alike", "calibrate_lost", "retained_share", "train_split",
+           "test_split", "targets", "query_kinds"}
+_ANY_NUMBER = {"seed", "min_score", "max_score"}
+_LEAST = dict.fromkeys(_POSITIVE, 1) | dict.fromkeys(_ANY_NUMBER, -math.inf) | {"freeze_layers": -1}
+
+# %% ../nbs/48_jobs.ipynb #57a00003
+def _numbers(value):
+    "Yield the numbers in a value."
+    if isinstance(value, dict): value = list(value.values())
+    if isinstance(value, list):
+        for v in value: yield from _numbers(v)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool): yield value
+
+def _impossible(name, value):
+    "Say why no job can use a value; an empty text if one can."
+    known = _CHOICES.get(name)
+    items = value if isinstance(value, (list, dict)) else [value] if value is not None else []
+    for item in items if known else []:
+        if item not in known:
+            return f"must be {_one_of(known)}, not {item!r}{_nearest(item, known)}"
+    if name in _SHARES:
+        for x in _numbers(value):
+            if not 0 <= x <= 1: return f"must be a share from 0 to 1, not {x}"
+    least = _LEAST.get(name, 0)
+    if isinstance(value, (int, float)) and not value >= least:
+        return f"must be at least {least}, not {value}"
+    return ""
 
 # %% ../nbs/48_jobs.ipynb #8c1d0e1c
 def _own_data(value):
@@ -533,20 +600,30 @@ def job_notebook(
     "Find the notebook of a job. Raises `JobError` if there is none, or if it is not a job."
     jobs = find_jobs()
     if name in jobs: return jobs[name]
+    chains = {p.stem for root in job_roots() for p in (root / "chains").glob("*.yaml")}
+    if name in chains: raise JobError(f"{name!r} is a chain of jobs: bgem3-job run {name}")
     if other := _notebooks().get(name): job_params(other)   # says why it is not a job
     raise JobError(f"there is no job {name!r}{closest(name, jobs)}")
 
 
-def _checked(job, params, name, value, where, read):
+def _checked(job, params, name, value, where, read, known):
     "Convert one value to the type of its parameter, or raise an error that says its origin."
     lead = "" if where.startswith("-") else f"{where}: "
     if name not in params:
-        raise JobError(f"{lead}unknown parameter {name!r} of job {job!r}{closest(name, params)}")
-    try: return _at_home(read(value, params[name].type))
+        hint = closest(name, params)
+        if len(hint) > 200: hint = f"; bgem3-job {job} --help lists them"
+        raise JobError(f"{lead}unknown parameter {name!r} of job {job!r}{hint}")
+    try:
+        value = _at_home(read(value, params[name].type))
+        if known and (problem := _impossible(name, value)):
+            raise Misfit(value, params[name].type, (), problem)
+        return value
     except Misfit as e:
         if isinstance(where, Place): lead = f"{where.inside(e.path)}: "
         field = name + "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in e.path)
-        raise JobError(f"{lead}parameter {field!r} of job {job!r} {e.problem}") from None
+        colon = e.value is None and e.path and re.search(r"\w:\S", str(e.path[-1]))
+        hint = "; write a space after the colon" if colon else ""
+        raise JobError(f"{lead}parameter {field!r} of job {job!r} {e.problem}{hint}") from None
     except (ValueError, RuntimeError, ImportError) as e:   # RecursionError is a RuntimeError
         said = (str(e) or type(e).__name__).splitlines()[0]
         raise JobError(f"{lead}parameter {name!r} of job {job!r} cannot be read: {said}") from None
@@ -563,6 +640,7 @@ def plan_job(
     "Check everything about a run. Raises `JobError` with the parameter, file and line."
     path = job_notebook(name)
     known = job_params(path)
+    is_own = path.parents[1] == job_roots()[-1]    # a job of the project, not one of yours
     values, origins = {k: p.default for k, p in known.items()}, dict.fromkeys(known, "default")
     given = [(k, v, where, fit_value) for f in files
              for k, (v, where) in read_params(find_params(f)).items()]
@@ -577,7 +655,7 @@ def plan_job(
     if files: values["out"] = f"data/runs/{Path(files[-1]).stem}"
     if files: origins["out"] = "name of the parameter file"
     for k, v, where, read in given:
-        values[k], origins[k] = _checked(name, known, k, v, where, read), where
+        values[k], origins[k] = _checked(name, known, k, v, where, read, is_own), where
     for k, v in values.items():
         if k != "out" and (own := _own_data(v)) != v:
             values[k], origins[k] = own, f"{origins[k]} (the project's own data)"
@@ -586,6 +664,97 @@ def plan_job(
         raise JobError(f"{values['out']}: the run's directory is on this machine; "
                        "-p checkpoints URL, where a job has it, keeps copies elsewhere")
     return JobPlan(name, path, values, origins, Path(values["out"]))
+
+# %% ../nbs/48_jobs.ipynb #57a00005
+_DATA = {"source", "data", "parallels", "far_source", "sources", "sets", "questions", "panel",
+         "fit"}
+_FILES = {"documents", "labels_file", "weight_config"}
+_MODELS = {"model", "models", "rerank_model", "reranker", "teacher"}
+_PARTS_OF_ROWS = {"test", "valid"}   # a file, or a value of a label
+
+def _is_there(name):
+    "Tell whether a name is a file or directory, or a URL, which cannot be looked up."
+    try: return "://" in name or name.startswith("hub:") or Path(name).exists()
+    except (OSError, ValueError): return False
+
+def _beside(name):
+    "Suggest a file in the same directory with a similar name."
+    with suppress(OSError, ValueError):
+        folder = Path(name).parent
+        return _nearest(name, [str(folder/n) for n in os.listdir(folder)])
+    return ""
+
+def _data_problem(name):
+    "Say that a name is neither a source nor a file."
+    from bgem3_nb.formats import HUB
+    from bgem3_nb.sources import SOURCES
+    known = [*SOURCES, *HUB]
+    if name in known: return ""
+    if "," in name: return f"names {name!r}; a list is written in brackets, '[{name}]'"
+    hint = _beside(name) or _nearest(name, known) or f"; the sources are: {', '.join(known)}"
+    return (f"names {name!r}, and there is no such file or directory in {Path.cwd()}, nor a source "
+            f"of this name{hint}")
+
+def _model_problem(name):
+    "Say that a name is no model; a name that may be on a hub is taken as it is."
+    known = ("embedded", "bm25")
+    if name in (*known, "rows"): return ""
+    if name.startswith(("/", "./", "../", "data/")) or name.count("/") > 1:
+        return f"names {name!r}, and there is no such directory{_beside(name)}"
+    near = _nearest(name, known) if "/" not in name else ""
+    return near and f"names {name!r}, and there is no such model{near}"
+
+# %% ../nbs/48_jobs.ipynb #57a00011
+def _read_by_chapter(param, value):
+    "Let a chapter read a value that only it understands. Raises ValueError."
+    if param == "metrics":
+        from bgem3_nb.evaluation import parse_metrics
+        parse_metrics(value)
+    elif param == "mix":
+        from bgem3_nb.mining import parts_of_mix
+        parts_of_mix(value, 1)
+    elif param == "format":
+        from bgem3_nb.formats import check_format
+        check_format("", value)
+
+def _check_readers(plan):
+    "Raise `JobError` for a value that its chapter cannot read."
+    for param, value in plan.values.items():
+        if plan.origins[param] == "default" or not value: continue
+        try: _read_by_chapter(param, value)
+        except ValueError as e:
+            raise JobError(f"parameter {param!r} of job {plan.name!r}: {e}") from None
+
+# %% ../nbs/48_jobs.ipynb #57a00006
+def _input_problem(param, entry):
+    "Say what is wrong with one file, source or model; an empty text for nothing."
+    name = entry.get("data", entry.get("model")) if isinstance(entry, dict) else entry
+    if not isinstance(name, str) or not name or _is_there(name): return ""
+    if isinstance(entry, dict) and ("qrels" in entry or "base_url" in entry): return ""
+    if param in _DATA: return _data_problem(name)
+    if param in _MODELS: return _model_problem(name)
+    if param in _PARTS_OF_ROWS and not re.search(r"/|\.(jsonl?|csv|tsv|parquet)$", name): return ""
+    return f"names {name!r}, and there is no such file or directory{_beside(name)}"
+
+def check_inputs(
+    plan: JobPlan,
+    made: Sequence[Path] = (),   # directories that earlier steps of a chain will make
+    closely: bool = True,        # check entries of lists, metrics, mixes and formats too
+):
+    "Raise `JobError` for a file, source or model that does not exist."
+    if plan.notebook.parents[1] != job_roots()[-1]: return
+    if plan.out.exists() and not plan.out.is_dir():
+        raise JobError(f"{plan.out} is a file; --out names a directory for the run")
+    if closely: _check_readers(plan)
+    for param in plan.values.keys() & (_DATA | _FILES | _MODELS | _PARTS_OF_ROWS):
+        value, where = plan.values[param], plan.origins[param]
+        if where == "default" or isinstance(value, list) and not closely: continue
+        for entry in value if isinstance(value, list) else [value]:
+            name = entry.get("data", entry.get("model")) if isinstance(entry, dict) else entry
+            if any(Path(folder) in (p := Path(str(name)), *p.parents) for folder in made): continue
+            if problem := _input_problem(param, entry):
+                lead = "" if where.startswith("-") else f"{where}: "
+                raise JobError(f"{lead}parameter {param!r} of job {plan.name!r} {problem}")
 
 # %% ../nbs/48_jobs.ipynb #26ac719e
 def _kernel_class(progress, started):

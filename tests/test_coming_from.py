@@ -42,6 +42,8 @@ def here(tmp_path_factory):
     for name in ("my_rows", "my_valid", "my_test", "other_rows", "gold_standard_v2"):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     (folder / "my_triplets.csv").write_text("anchor,positive,negative\na,b,c\n", encoding="utf-8")
+    for run in ("project", "islamic"): (folder / "data" / "runs" / run / "model").mkdir(parents=True)
+    (folder / "review.csv").write_text("query,candidate,label\n", encoding="utf-8")
     (folder / "my_config.json").write_text('{"d_out": 256, "batch_size": 64, "epochs": 10}', encoding="utf-8")
     steps = "steps:\n  - {job: prepare, data: my_rows.jsonl}\n  - {job: train, source: $prepare}\n"
     (folder / "chain.yaml").write_text(steps, encoding="utf-8")
