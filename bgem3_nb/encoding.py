@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from copy import deepcopy
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from hashlib import blake2b
 from importlib import import_module
 from inspect import signature
@@ -611,7 +612,9 @@ def encode(self: M3Encoder,
     Raises ValueError naming the first text that is not a string.
     """
     if unknown := [*refuse_familiar(M3Encoder.encode, familiar)]:
-        raise TypeError(f"encode has no argument {unknown[0]!r}; see help(M3Encoder.encode)")
+        near = get_close_matches(unknown[0], signature(M3Encoder.encode).parameters, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "see help(M3Encoder.encode)"
+        raise TypeError(f"encode has no argument {unknown[0]!r}; {hint}")
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     one, alone = isinstance(texts, str), convert_to_numpy or convert_to_tensor

@@ -9,6 +9,7 @@ from conftest import REPO
 from bgem3_nb import checks, jobs, queries, rows, text
 from bgem3_nb.chains import chain_for, main, plan_chain
 from bgem3_nb.distillation import TEACHERS
+from bgem3_nb.encoding import M3Encoder
 from bgem3_nb.jobs import check_inputs, find_jobs, job_params, JobError, plan_job
 from bgem3_nb.model import NEW_HEADS, POOLINGS
 from bgem3_nb.store import MULTI_DTYPES
@@ -147,3 +148,10 @@ def test_a_folder_is_not_taken_for_data(here):
     assert chain_for("docs") == ("documents", [("prepare.documents", "docs")])
     assert chain_for("rows.jsonl")[0] == "rows"
     assert os.listdir(here / "empty") == []
+
+
+@pytest.mark.parametrize("given, ours", [("batchsize", "batch_size"), ("show_progress", "show_progress_bar"),
+                                         ("maxlength", "max_length"), ("granularty", "granularity")])
+def test_an_argument_that_is_misspelled(given, ours):
+    with pytest.raises(TypeError, match=f"no argument '{given}'; did you mean '{ours}'?"):
+        M3Encoder.encode(None, ["a"], **{given: 1})
