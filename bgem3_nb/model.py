@@ -311,7 +311,7 @@ REMOVED = -1e9   # a logit that never wins: softmax turns it into exactly 0, and
 
 def _largest_terms(
     hidden: torch.Tensor,    # (b, n, d), projected
-    words: torch.Tensor,     # (b, n), True where a position may speak
+    words: torch.Tensor,     # (b, n), True where a position is a word of the text
     rows: torch.Tensor,      # (m, d), the terms' vectors
     bias: torch.Tensor,      # (m,) of each term
     terms: int,              # how many to keep
