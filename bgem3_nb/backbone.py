@@ -212,7 +212,7 @@ def encode(self: TextTokenizer,
     reader = self.composing if is_decomposed(text) else self.backend
     text = text.encode("utf-8", "replace").decode()
     found, clean = reader.encode(text), reader.normalizer
-    # characters that the normaliser removes from the beginning are not counted; spaces are
+    # characters that the normalizer removes from the beginning are not counted; spaces are
     removed = next((i for i, c in enumerate(text) if clean and clean.normalize_str(c)), 0)
     spaced = reader.encode(" " * removed + text[removed:]) if removed else found
     return spaced if spaced.ids == found.ids else found

@@ -176,7 +176,7 @@ def _encode_ids(self,
     outputs: tuple = OUTPUTS,       # any of "dense", "lexical", "multi"
     batch_size: int | None = None,  # most texts in a batch
 ) -> OnnxEmbeddings:
-    "Embed tokenised texts, in their order."
+    "Embed tokenized texts, in their order."
     if not ids: return self._nothing(outputs)
     lengths, parts, at = np.array([len(i) for i in ids]), {}, 0
     order = np.argsort(-lengths, kind="stable")

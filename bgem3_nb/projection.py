@@ -221,7 +221,7 @@ def batch_columns(
     return query, columns, weights
 
 def projection_loss(
-    queries: torch.Tensor,      # (b, d') from the head, not normalised
+    queries: torch.Tensor,      # (b, d') from the head, not normalized
     passages: torch.Tensor,     # (b + t, d')
     weights: torch.Tensor,      # (b, b + t)
     temperature: float = .02,   # temperature of the softmax
@@ -461,7 +461,7 @@ def use_best(self: ProjectionTrainer):
 def _write_checkpoint(
     t,   # a `ProjectionTrainer` with a directory `out`
 ):
-    "Write weights, optimiser, example weights and history to one file."
+    "Write weights, optimizer, example weights and history to one file."
     state = {f"optimizer.{n}.{k}": v for n, p in t.trained.items()
              for k, v in t.optimizer.state[p].items()}
     learned = t.learned and [t.learned.start, t.learned.values]
@@ -699,35 +699,6 @@ class M3WithHead(M3Model):
         self.register_buffer("special_ids", model.special_ids, persistent=False)
         for part in (self.encoder, self.lexical_head, self.multi_head): part.requires_grad_(False)
         for part in (head, *last): part.requires_grad_(True)
-
-# %% ../nbs/16_projection.ipynb #b6dd42cb
-def _write_sentence_files(
-    model: M3WithHead,   # a model with a head
-    folder: Path,        # an empty directory
-    max_length: int | None,   # tokens after which a text is truncated
-):
-    "Write the files of a sentence-transformers directory."
-    def write(file, content):
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        (folder/file).write_text(text, encoding="utf-8")
-    kind = "sentence_transformers.models."
-    listed = [{"idx": 0, "name": "0", "path": "", "type": kind + "Transformer"}]
-    model.encoder.save_pretrained(folder)
-    save_tokenizer(model.tokenizer, folder)
-    for i, (name, settings, tensors) in enumerate(_sentence_modules(model), 1):
-        own = f"{i}_{name}"
-        listed.append({"idx": i, "name": str(i), "path": own, "type": kind + name})
-        (folder/own).mkdir()
-        if settings: write(f"{own}/config.json", settings)
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        if tensors: (folder/own/"model.safetensors").write_bytes(save(tensors))
-    write("modules.json", listed)
-    length = max_length or default_length(model)
-    write("sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
-    prompts = {name: model.config.passage_prompt for name in ("document", "passage")}
-    prompts = {"query": model.config.query_prompt} | prompts
-    write("config_sentence_transformers.json", {
-        "prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"})
 
 # %% ../nbs/16_projection.ipynb #b1e40c7d
 def export_sentence_transformers(
