@@ -314,7 +314,7 @@ def _largest_terms(
     words: torch.Tensor,     # (b, n), True where a position is a word of the text
     rows: torch.Tensor,      # (m, d), the terms' vectors
     bias: torch.Tensor,      # (m,) of each term
-    terms: int,              # how many to keep
+    terms: int,              # number of terms to keep
 ) -> torch.Tensor:           # (b, terms), places in the vocabulary
     "Find the terms with the largest logits, a block of the vocabulary at a time."
     size, best, term = max(1, 2**24 // max(1, words.numel())), [], []
@@ -350,7 +350,7 @@ class ExpansionHead(nn.Module):
         hidden: torch.Tensor,    # (b, n, d)
         words: torch.Tensor,     # (b, n), False on special tokens and padding
         table: torch.Tensor,     # (vocabulary, d), the encoder's token embeddings
-        terms: int,              # how many to keep
+        terms: int,              # number of terms to keep
     ) -> tuple:                  # token ids and weights, (b, terms) each
         "Compute the largest weights of each text."
         hidden, rows = self.project(hidden), F.normalize(table[self.vocabulary].float(), dim=-1)

@@ -68,12 +68,12 @@ class Examples:
     queries: list[str]       # distinct texts
     passages: list[str]      # distinct texts, positives first
     query: torch.Tensor      # (n,) place of each example's query
-    pos: torch.Tensor        # (n,) of its positive
-    neg: torch.Tensor        # (m,) of the negatives of all examples, end to end
+    pos: torch.Tensor        # (n,) place of its positive
+    neg: torch.Tensor        # (m,) places of the negatives of all examples, end to end
     offsets: torch.Tensor    # (n+1,) where each example's negatives begin
-    weights: torch.Tensor    # (m,) > 0, what each negative counts; 0 leaves it out
+    weights: torch.Tensor    # (m,) weight of each negative in the loss; 0 leaves it out
     types: list[tuple]       # (m,) in which features each negative differs
-    known: torch.Tensor      # sorted codes of all pairs of query and positive
+    known: torch.Tensor      # sorted numbers, one for each pair of a query and a positive
 
     def __len__(self): return len(self.query)
 
@@ -548,7 +548,7 @@ def _padded_states(
 # %% ../nbs/16_projection.ipynb #16d00001
 def _last_layers(
     model: M3Model,
-    layers: int,     # how many
+    layers: int,     # number of last layers
 ) -> list:           # the layers, the lowest first
     "List the encoder's last layers. Raises ValueError where it does not have as many."
     stack = layer_stack(model.encoder)
@@ -559,7 +559,7 @@ def _last_layers(
 @contextmanager
 def _without_last(
     encoder: nn.Module,   # a BERT, RoBERTa or XLM-R
-    layers: int,          # how many are removed
+    layers: int,          # number of last layers to remove
 ):
     "Take the last layers out of an encoder, and put them back."
     stack = encoder.encoder.layer
@@ -628,7 +628,7 @@ class TopLayers(nn.Module):
     "Compute dense vectors from the last layers, on stored states of the layers below."
     def __init__(self,
         model: M3Model,               # model whose last layers are trained
-        layers: int,                  # how many
+        layers: int,                  # number of last layers to train
         data: Examples,               # examples whose texts are encoded
         max_length: int = 128,        # tokens after which a text is truncated
         dtype: torch.dtype | None = None,  # precision of the products; None: the fastest one
@@ -751,7 +751,7 @@ def _misspell(
 
 def messy_copy(
     text: str,                 # carefully written text
-    seed: int = 0,             # the same seed and text give the same result
+    seed: int = 0,             # random seed; the same seed and text give the same result
     diacritics: float = .6,    # chance that all diacritics are left out
     short: float = .5,         # chance of each abbreviation, and of 5tr5 for 5.5 triệu
     typos: float = .1,         # chance of a typo in each word of four letters or more

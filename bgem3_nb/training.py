@@ -111,7 +111,7 @@ class M3TrainingArguments(TrainingArguments):
     distill: str = "ensemble"          # teacher: "ensemble", "pairwise" or "guided"; "" for none
     distill_start: int = 0             # step at which self-distillation begins
     matryoshka: tuple[int, ...] = ()   # smaller widths at which the dense vector is trained too
-    matryoshka_multi: tuple[int, ...] = ()  # the same for the multi-vectors
+    matryoshka_multi: tuple[int, ...] = ()  # smaller widths of the multi-vectors
     teacher: str = ""                  # loss on rows' scores: "distribution", "margin"; "" for none
     teacher_weight: float = 1.         # weight of that term of the loss
     teacher_temperature: float = 1.    # divides the teacher's scores
