@@ -716,7 +716,7 @@ def export_sentence_transformers(
     tmp.mkdir()
     try:
         model.encoder.save_pretrained(tmp)
-        model.tokenizer.save_pretrained(tmp)
+        save_tokenizer(model.tokenizer, tmp)
         write_modules(tmp, dense_modules(model), about_model(model, "SentenceTransformer"),
                       max_length or default_length(model))
         set_modes(tmp)
