@@ -419,7 +419,7 @@ def _sample_part(part, most, found, keys, known, first, m, score, least, limit, 
         row, p, rank, s, priority = _from_window(found, keys, *window, known, seed, strategy)
     ok = (s <= limit[row]) & (s >= (-np.inf if least is None else least))
     at = np.flatnonzero(ok)
-    key = row[at].astype(np.uint64) << np.uint64(48) | priority[at] >> np.uint64(16)   # 48 bits are enough
+    key = row[at].astype(np.uint64) << np.uint64(48) | priority[at] >> np.uint64(16)   # 48 bits do
     at = at[np.argsort(key)]
     count = np.bincount(row[at])
     turn = np.arange(len(at)) - (np.cumsum(count) - count)[row[at]]
