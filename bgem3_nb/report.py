@@ -798,12 +798,13 @@ def opening_blocks(
     if base := choose_base(r): lines.append(text_cell(base))
     if r.date: sub += f" · {r.date}"
     head = clean_text(head)
+    mixed = " The search “all” mixes the others." * any(s.endswith(" all") for s in r.systems)
     return [{"kind": "title", "text": clean_text(title), "sub": sub},
             {"kind": "card", "label": "Recommendation", "head": head, "lines": lines},
             {"kind": "text", "body": text_cell(
                 f"Quality is measured by {r.metric}: {metric_meaning(r.metric)}. Intervals are 95 "
                 "% bootstrap intervals: another sample of questions would likely give a mean "
-                "within them.")}]
+                f"within them.{mixed}")}]
 
 # %% ../nbs/45_report.ipynb #71b305c1
 def model_in_words(
@@ -816,7 +817,7 @@ def model_in_words(
     if not modes: return "results or a service of others"
     kinds = {"dense": "one vector per text", "lexical": "weights of terms",
              "multi": "a vector per token"}
-    said = f"embedding model: {', '.join(kinds[m] for m in modes if m in kinds)}"
+    said = "; ".join(f"{m}: {kinds[m]}" for m in modes if m in kinds)
     return said + (f"; {short_number(size)} parameters" if size else "")
 
 def compared_blocks(
@@ -1011,9 +1012,10 @@ def closing_blocks(
     failed = [f"{what}: {why}" for what, why in r.failures.items()]
     out = [{"kind": "heading", "text": "The rules of the recommendation"},
            {"kind": "list", "items": [text_cell(x) for x in RULES]}]
-    for title, lines in (("What failed", failed), ("Found in the sets", amiss)):
-        if lines: out += [{"kind": "heading", "text": title},
-                          {"kind": "list", "items": [text_cell(x, 300) for x in lines[:12]]}]
+    if failed: out += [{"kind": "heading", "text": "What failed"},
+                       {"kind": "list", "items": [text_cell(x, 300) for x in failed[:12]]}]
+    if amiss: out.append({"kind": "text", "small": True, "body": text_cell(
+        f"Found in the sets: {'; '.join(amiss[:12])}.", 1200)})
     return out
 
 def report_blocks(

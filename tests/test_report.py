@@ -109,3 +109,15 @@ def test_importing_the_chapter_needs_neither_typst_nor_fonts():
             "print(json.dumps([m for m in ('typst', 'psutil', 'matplotlib') if m in sys.modules]))")
     done = subprocess.run([sys.executable, "-c", f"import json; {code}"], cwd=REPO, capture_output=True, text=True)
     assert "typst" not in json.loads(done.stdout), done.stderr
+
+
+def test_a_manager_reads_what_the_ways_to_search_are(results):
+    "Each way by its name as in the tables; findings are a note, which takes no page of its own."
+    costs = {"parameters": 118e6, "bytes": {"dense": 1, "lexical": 1, "multi": 1}}
+    words = report.model_in_words("mine", costs)
+    for way in ("dense: one vector", "lexical: weights", "multi: a vector per token"): assert way in words
+    blocks = report.report_blocks(results)
+    assert "“all” mixes the others" in str(blocks)
+    results.sets["company"].amiss["rows that are odd"] = ["line 1"]
+    last = report.report_blocks(results)[-1]
+    assert last["kind"] == "text" and "Found in the sets: company: 1 rows that are odd." in str(last)
