@@ -815,8 +815,7 @@ def model_in_words(
     if "words" in costs.get("bytes", {}): return "search by shared words (BM25), without a model"
     size, modes = costs.get("parameters"), list(costs.get("bytes", {}))
     if not modes: return "results or a service of others"
-    kinds = {"dense": "one vector per text", "lexical": "weights of terms",
-             "multi": "a vector per token"}
+    kinds = {"dense": "a vector per text", "lexical": "weighted terms", "multi": "one per token"}
     said = "; ".join(f"{m}: {kinds[m]}" for m in modes if m in kinds)
     return said + (f"; {short_number(size)} parameters" if size else "")
 

@@ -115,7 +115,8 @@ def test_a_manager_reads_what_the_ways_to_search_are(results):
     "Each way by its name as in the tables; findings are a note, which takes no page of its own."
     costs = {"parameters": 118e6, "bytes": {"dense": 1, "lexical": 1, "multi": 1}}
     words = report.model_in_words("mine", costs)
-    for way in ("dense: one vector", "lexical: weights", "multi: a vector per token"): assert way in words
+    for way in ("dense: a vector per text", "lexical: weighted terms", "multi: one per token"): assert way in words
+    assert len(words) < 92     # one line of the table
     blocks = report.report_blocks(results)
     assert "“all” mixes the others" in str(blocks)
     results.sets["company"].amiss["rows that are odd"] = ["line 1"]
