@@ -99,7 +99,7 @@ def recipe_rows(
         raise ValueError(f"no row has a type of {row_types}; there are "
                          f"{sorted(set(rows['query_type']))}")
     varied = vary_queries(merge_queries(some, within=None), query_kinds, seed)
-    return varied.remove_columns("source").add_column("source", varied["query_type"][:])
+    return varied.map(lambda row: {"source": row["query_type"]}, features=varied.features)
 
 # %% ../nbs/42_experiments.ipynb #42a042ef
 def fine_tune(
