@@ -70,7 +70,7 @@ def _read_steps(file):
     return [_read_step(s, n, file) for s, n in zip(steps, where.node.value)], out
 
 # %% ../nbs/49_chains.ipynb #c4a20025
-SMOKE = {   # job -> parameter -> the smallest value with which it still does all that it does
+SMOKE = {   # job -> parameter -> smallest value with which all of the job is still run
     "prepare": {"near": 0, "max_rows": 40, "total": 60},
     "mine": {"search_length": 48, "pilot": 24, "distractors": 30, "mix": "0-15",
              "num_negatives": 2},

@@ -83,7 +83,7 @@ def half_of(
 # %% ../nbs/42_experiments.ipynb #42f00005
 RECIPE = {"row_types": [],     # types of the rows that are kept; none: all
           "query_kinds": {},   # kind of query -> its share of the rows
-          "steps": 0,          # optimiser steps; 0: as many as the others
+          "steps": 0,          # optimizer steps; 0: as many as the others
           # safeguards, as for a stage of a training; 0: off
           "rehearsal": 0., "l2_sp": 0., "merge": 0.}
 
