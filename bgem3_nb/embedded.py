@@ -203,14 +203,14 @@ def xlmr_tokenizer(
 ):
     "Make XLM-R's tokenizer from the file's pieces and scores."
     from tokenizers import (AddedToken, decoders, models, normalizers, pre_tokenizers,
-                            processors, Regex, Tokenizer)
+                            processors, Tokenizer)
     from transformers import PreTrainedTokenizerFast
     scored = [(p, float(s)) for p, s in zip(file.pieces, file.scores)]
     t = Tokenizer(models.Unigram(scored, unk_id=file.unk, byte_fallback=False))
-    t.normalizer = normalizers.Sequence([
-        normalizers.Precompiled(nmt_nfkc()), normalizers.Strip(left=False, right=True),
-        normalizers.Replace(Regex(" {2,}"), "▁")])
-    t.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    t.normalizer = normalizers.Precompiled(nmt_nfkc())
+    t.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(),
+        pre_tokenizers.Metaspace("▁", prepend_scheme="always")])
     t.decoder = decoders.Metaspace("▁", prepend_scheme="always")
     t.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>",

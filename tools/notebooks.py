@@ -2,9 +2,9 @@
 
     python tools/notebooks.py 2 nbs/20_rows.ipynb nbs/40_evaluation.ipynb      # two at a time
 
-The libraries that nearly every chapter needs, and the embedded model's tokenizer, are loaded once, before the processes
-are forked from this one: loading them takes as long as many a chapter runs. The package itself is loaded by each chapter
-anew.
+The libraries that nearly every chapter needs, and the tokenizer of the embedded model, are loaded once, before the
+processes are forked from this one: loading them takes as long as many a chapter runs. The package itself is loaded by
+each chapter anew.
 """
 import os
 import sys
