@@ -49,6 +49,7 @@ def test_a_folder_of_documents_is_enough(tmp_path, launch):
     folder = REPO / "data" / "company" / "documents"
     done = launch("run", str(folder), "--smoke", "--no-progress")
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "Empty DataFrame" not in done.stdout and "only documents" in done.stdout
     out = tmp_path / "data" / "runs" / "documents_smoke"
     check_steps(out, ["prepare", "mine", "train", "evaluate"])
     check_judged(out, ["test"])
