@@ -68,8 +68,8 @@ def test_epochs_in_a_stage_are_used(tmp_path):
 
 
 @pytest.mark.parametrize("name, value, said", [
-    ("schedule", "cosin", "must be Literal"), ("modes", "dense,sparse", "parameter 'modes"),
-    ("epochs", "two", "must be float"), ("matryoshka", "[a]", "matryoshka"), ("lexical", "splade", "must be Literal"),
+    ("schedule", "cosin", "must be one of"), ("modes", "dense,sparse", "parameter 'modes"),
+    ("epochs", "two", "must be float"), ("matryoshka", "[a]", "matryoshka"), ("lexical", "splade", "must be one of"),
     ("stages", "{unified: {learning_rate: fast}}", "'stages.unified.learning_rate' of job 'train' must be float"),
     ("stages", "{unified: {matryoshka: [a]}}", "'stages.unified.matryoshka\\[0\\]' of job 'train' must be int"),
     ("stages", "{unified: {num_epochs: 2}}", "'stages.unified.num_epochs' of job 'train' is unknown; did you mean"),
