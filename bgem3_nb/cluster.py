@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TEXT_RULES', 'ClusterError', 'cluster_session', 'count_workers', 'start_workers', 'run_on_workers', 'find_bad_texts',
            'without_texts', 'encode_on_cluster', 'plain_workers', 'best_of_part', 'merge_candidates',
-           'search_on_cluster', 'candidates_on_cluster', 'rule_on_cluster', 'find_on_cluster']
+           'candidates_on_cluster', 'search_on_cluster', 'rule_on_cluster', 'find_on_cluster']
 
 # %% ../nbs/80_cluster.ipynb #99c10005
 import json
@@ -22,6 +22,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from .adapters import without_lora
 from .encoding import Embeddings, M3Encoder
 from .denoising import containment, jaccard, minhash, same_text
 from .exact_search import (
@@ -51,6 +52,7 @@ def cluster_session(
 ) -> Iterator:                # yields the module `ray`
     "Start or join a cluster, and leave it at the end. Raises ClusterError if none answers."
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")   # the first of several is raised
     ray = _needs_ray()
     if ray.is_initialized():          # the caller's own session, which stays
         yield ray
@@ -318,7 +320,7 @@ def best_of_part(
     start: int, stop: int,       # numbers of the texts that are searched
     k: int,                      # passages wanted for each query
     weights: dict[str, float],   # mode to weight
-    block: int,                  # passages scored at a time (0 = as `search_candidates` does)
+    block: int = 0,              # passages scored at a time (0 = as `search_candidates` does)
 ) -> Candidates:                 # candidates, by their numbers in the whole store
     "Find the best passages of a part of a store."
     part = _Part(store, start, stop)
@@ -344,34 +346,17 @@ class _PartSearch:
         self.ray, self.store, self.part, self.stall = ray, store, part, stall_seconds
         self.workers, self.asked = plain_workers(ray, workers)
 
-    def best(self, queries, k, weights, block=0):
+    def best(self, queries, k, weights):
         "Return the best passages of the whole store; no more than two results are held."
-        size = block or (1024 if "multi" in weights else 8192)
+        size = 1024 if "multi" in weights else 8192
         size, shared, found = max(size, self.part // size * size), self.ray.put(queries), None
-        calls = (("best", (shared, self.store.path, a, min(a + size, len(self.store)), k, weights,
-                           block)) for a in range(0, len(self.store), size))
+        calls = (("best", (shared, self.store.path, a, min(a + size, len(self.store)), k, weights))
+                 for a in range(0, len(self.store), size))
         answers = run_on_workers(self.ray, calls, self.workers, self.asked, self.stall)
         for _, result, error in answers:
             if error: raise error
             found = merge_candidates([found, result] if found else [result], k)
         return found
-
-def search_on_cluster(
-    queries: Embeddings,
-    path: str | Path,               # directory of a store, which all machines see
-    k: int = 10,                    # passages wanted for each query
-    weights: str | dict[str, float] = {"dense": 1.},   # mode to weight, or a name as for `fuse`
-    cluster: str = "local",         # "local", or the address of a cluster
-    workers: int = 0,               # number of workers (0 = as `count_workers` says)
-    part: int = 65536,              # passages of a part; a whole number of blocks
-    stall_seconds: float = 600.,         # seconds without any answer after which the run ends
-) -> Candidates:
-    "Find the best passages as `search` does, exactly. Raises ClusterError and ValueError."
-    store = EmbeddingStore(Path(path).absolute())
-    weights, k = check_search(queries, store, k, weights, 0)
-    with cluster_session(cluster) as ray:
-        run = _PartSearch(ray, store, part, workers, stall_seconds)
-        return run.best(queries, k, weights, 1024 if "multi" in weights else 8192)
 
 # %% ../nbs/80_cluster.ipynb #99c10031
 def candidates_on_cluster(
@@ -399,6 +384,16 @@ def candidates_on_cluster(
             found = run.best(asked, min(max(candidates, k), len(store)), first)
             return rescore(found, asked, store, weights, k)
         return deeper_by(best(queries, k), known, lambda i, k: best(queries[[i]], k))
+
+def search_on_cluster(
+    queries: Embeddings,
+    path: str | Path,               # directory of a store, which all machines see
+    k: int = 10,                    # passages wanted for each query
+    weights: str | dict[str, float] = {"dense": 1.},   # mode to weight, or a name as for `fuse`
+    **how,                    # `candidates`, `cluster`, `workers`, `part` and `stall_seconds`
+) -> Candidates:
+    "Find the few best passages, as `candidates_on_cluster` does. Raises as it does."
+    return candidates_on_cluster(queries, path, k, weights, **how)
 
 # %% ../nbs/80_cluster.ipynb #99c10033
 TEXT_RULES = {"same text": same_text, "jaccard": jaccard, "containment": containment,
@@ -455,7 +450,7 @@ def find_on_cluster(
     def find(encoder, data, known, k, weights, progress=True, device=None):
         "Encode and search as `encode_and_search`, each worker on its own device."
         shutil.rmtree(folder/"store", ignore_errors=True)      # of the model as it was
-        encoder.model.save_pretrained(folder/"model")
+        without_lora(encoder.model).save_pretrained(folder/"model")
         opened = partial(M3Encoder.from_pretrained, str(folder/"model"), dtype=encoder.dtype,
                          max_length=encoder.max_length, batch_tokens=encoder.batch_tokens)
         outputs = tuple(weights)
