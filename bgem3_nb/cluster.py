@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -61,12 +62,15 @@ def cluster_session(
     if cluster == "local":
         where |= {"num_cpus": cores or os.cpu_count(), "include_dashboard": False,
                   "_system_config": {"health_check_timeout_ms": 60_000}}   # busy is not dead
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    try: ray.init(log_to_driver=False, logging_level="ERROR", **where)
+    for part in ("ray", "ray.widgets"): logging.getLogger(part).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")       # its error says the same
+            ray.init(log_to_driver=False, logging_level="ERROR", **where)
     except Exception as e:            # Ray raises a dozen kinds
-        raise ClusterError(f"no Ray cluster could be used at {cluster!r} "
-                           f"({str(e).splitlines()[0][:200]}); check the address, or \"local\""
-                           ) from e
+        said = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise ClusterError(f"no Ray cluster could be used at {cluster!r} ({said}); check the "
+                           "address, or \"local\"") from e
     try: yield ray
     finally: ray.shutdown()
 

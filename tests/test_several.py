@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -106,9 +107,10 @@ def test_one_process_fails(toy, env, tmp_path):
     assert "job 'toy' failed: ValueError: data/x.jsonl, line 7: no positive\n" in said["first"]
     assert "job 'toy' failed: process 1: ValueError: data/x.jsonl, line 7: no positive\n" in said["other"]
     assert "job 'toy' failed: process 1 was ended by SIGKILL (out of memory?)\n" in said["killed"]
+    assert "the output of its processes: other/logs/process-1.log\n" in said["other"]
     assert "line 7: no positive" in (tmp_path / "other" / "logs" / "process-1.log").read_text()
     for name in done:
-        assert "Traceback" not in said[name]
+        assert not {"Traceback", "KeyboardInterrupt", "stopping"} & {*re.findall(r"\w+", said[name])}, said[name]
         assert {p.name for p in (tmp_path / name).iterdir()} - {".lock"} == {"logs", "run.json", "toy.failed.ipynb"}
 
 
