@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -41,10 +42,20 @@ class ClusterError(RuntimeError):
 
 def _needs_ray():
     "Import Ray, or say how to get it."
+    logging.getLogger("ray.widgets").setLevel(logging.ERROR)   # it would ask for ipywidgets
     try: import ray
     except ImportError:
         raise ClusterError("a cluster needs Ray: pip install 'bgem3_nb[ray]'") from None
     return ray
+
+def _try_address(cluster):
+    "Raise ClusterError if nothing listens at an address with a port."
+    host, _, port = cluster.removeprefix("ray://").rpartition(":")
+    if not port.isdigit(): return           # "local", "auto"
+    try: socket.create_connection((host.strip("[]"), int(port)), 10).close()
+    except (OSError, ValueError, OverflowError) as e:
+        raise ClusterError(f"no Ray cluster answers at {cluster!r} ({e}); check the address, or "
+                           "\"local\"") from None
 
 @contextmanager
 def cluster_session(
@@ -58,11 +69,12 @@ def cluster_session(
     if ray.is_initialized():          # the caller's own session, which stays
         yield ray
         return
+    _try_address(cluster)
     where = {"address": cluster}
     if cluster == "local":
         where |= {"num_cpus": cores or os.cpu_count(), "include_dashboard": False,
                   "_system_config": {"health_check_timeout_ms": 60_000}}   # busy is not dead
-    for part in ("ray", "ray.widgets"): logging.getLogger(part).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")       # its error says the same
@@ -454,11 +466,13 @@ def find_on_cluster(
     def find(encoder, data, known, k, weights, progress=True, device=None):
         "Encode and search as `encode_and_search`, each worker on its own device."
         shutil.rmtree(folder/"store", ignore_errors=True)      # of the model as it was
-        without_lora(encoder.model).save_pretrained(folder/"model")
-        opened = partial(M3Encoder.from_pretrained, str(folder/"model"), dtype=encoder.dtype,
-                         max_length=encoder.max_length, batch_tokens=encoder.batch_tokens)
-        outputs = tuple(weights)
-        queries = encoder.encode_queries(data.queries, outputs=outputs)
+        model, outputs = without_lora(encoder.model), tuple(weights)
+        model.save_pretrained(folder/"model")
+        same = dict(max_length=encoder.max_length, batch_tokens=encoder.batch_tokens,
+                    dtype=encoder.dtype)
+        opened = partial(M3Encoder.from_pretrained, str(folder/"model"), **same)
+        asking = M3Encoder(model, device=encoder.device, progress=progress, **same)
+        queries = asking.encode_queries(data.queries, outputs=outputs)
         with cluster_session(cluster):
             store = encode_on_cluster(opened, data.passages, folder/"store", cluster, workers,
                                       outputs=outputs, set_aside=False, progress=progress, **how)
