@@ -36,7 +36,7 @@ from bgem3_nb.store import (
     embed_shard, EmbeddingStore, encode_shard, locked_store, ShardTexts, store_settings,
     StoreWriter)
 
-# %% ../nbs/80_cluster.ipynb #99c10009
+# %% ../nbs/80_cluster.ipynb #99c1003b
 class ClusterError(RuntimeError):
     "Report what a cluster cannot do, in one sentence that says what to change."
 
@@ -57,6 +57,7 @@ def _try_address(cluster):
         raise ClusterError(f"no Ray cluster answers at {cluster!r} ({e}); check the address, or "
                            "\"local\"") from None
 
+# %% ../nbs/80_cluster.ipynb #99c10009
 @contextmanager
 def cluster_session(
     cluster: str = "local",   # "local" for this machine, or the address of a cluster

@@ -918,8 +918,9 @@ def _run_cells(plan, running, progress):
         try:
             papermill.execute_notebook(
                 path, path, parameters=_changed(plan, progress), kernel_name="python3",
-                language="python", progress_bar=False, stdout_file=report, stderr_file=_Errors(came),
-                on_cell_start=report.starts, on_cell_executed=report.ends,
+                language="python", progress_bar=False, stdout_file=report,
+                stderr_file=_Errors(came), on_cell_start=report.starts,
+                on_cell_executed=report.ends,
                 kernel_manager_class=_kernel_class(progress, started))
             return 0, ""
         except BaseException as e:

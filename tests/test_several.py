@@ -338,8 +338,8 @@ def equal(a, b):
 
 
 def test_two_processes_train_as_one(material, env, tmp_path):
-    """Two processes make the run of one, with hard negatives that are mined in every epoch: the same metrics, losses and
-    weights. So does one process that goes on, on another machine, from the checkpoints of two that SIGTERM has ended."""
+    """Two processes make the run of one, with negatives mined in every epoch: the same metrics, losses and weights. So
+    does one process that goes on, on another machine, from the checkpoints of two that SIGTERM has ended."""
     bucket = f"file://{tmp_path}/bucket"
     long = dict(steps=24, validations=12, negatives=2, mine_every=1)
 
