@@ -272,13 +272,14 @@ def test_mining_in_training_takes_a_cluster(session, model, tmp_path):
     "The same rows as in memory, by the model as it is in a training with adapters, which keeps them."
     pytest.importorskip("peft")
     rows = make_rows([{"query": f"w{i % 40} w{i // 40}", "pos": [t]} for i, t in enumerate(TEXTS)])
-    encoder = M3Encoder(M3Encoder.from_pretrained(model).model, max_length=12, progress=False)
-    add_lora(encoder.model, 2)
-    for weights in adapter_weights(encoder.model.encoder).values(): torch.nn.init.normal_(weights)
+    net = M3Encoder.from_pretrained(model).model
+    add_lora(net, 2)
+    for weights in adapter_weights(net.encoder).values(): torch.nn.init.normal_(weights, std=.1)
+    encoder = M3Encoder(net, max_length=12, dtype=torch.float32, progress=False)
     how = dict(mix="0-9", num_negatives=3, progress=False)
     one, counts = mine_hard_negatives(encoder, rows, **how)
     find = find_on_cluster(tmp_path, threads=1, shard_size=16, multi_dtype="float32")
     many, same = mine_hard_negatives(encoder, rows, find=find, **how)
     assert many["neg_ids"] == one["neg_ids"] and same == counts
     assert abs(np.array(many["neg_scores"]) - np.array(one["neg_scores"])).max() < 1e-5
-    assert adapter_weights(encoder.model.encoder)
+    assert adapter_weights(net.encoder)
