@@ -24,7 +24,7 @@ from .text import is_decomposed
 def _checked_name(
     name: str,   # directory or hub name
 ) -> str:        # the same, with ~ expanded
-    "Check a name before loading. Raises ValueError where a directory is meant and none of a model."
+    "Check a name before loading. Raises ValueError if it means a directory that holds no model."
     path, others = Path(name).expanduser(), 'give a model directory, a hub name, or "embedded"'
     one_slash = len(path.parts) == 2 and path.parent.is_dir()    # "runs/law" beside a "runs"
     marked = name.startswith(".") or name.endswith("/") or "\\" in name
@@ -176,7 +176,7 @@ class TextTokenizer:
     def __reduce__(self): return type(self), (self.tokenizer,)       # a copy in another process
 
     def __call__(self,
-        texts: list[str],                 # half a character, which is not text, becomes "?"
+        texts: list[str],                 # texts; half of a surrogate pair becomes "?"
         max_length: int | None = None,    # tokens, special ones included; None: all
     ) -> tuple[list[list[int]], int]:     # token ids of every text; how many texts were truncated
         "Read texts, and truncate those that are longer."
@@ -212,7 +212,7 @@ def encode(self: TextTokenizer,
     reader = self.composing if is_decomposed(text) else self.backend
     text = text.encode("utf-8", "replace").decode()
     found, clean = reader.encode(text), reader.normalizer
-    # characters that the normaliser removes from the beginning are not counted; spaces are
+    # characters that the normalizer removes from the beginning are not counted; spaces are
     removed = next((i for i, c in enumerate(text) if clean and clean.normalize_str(c)), 0)
     spaced = reader.encode(" " * removed + text[removed:]) if removed else found
     return spaced if spaced.ids == found.ids else found

@@ -70,7 +70,7 @@ def _read_steps(file):
     return [_read_step(s, n, file) for s, n in zip(steps, where.node.value)], out
 
 # %% ../nbs/49_chains.ipynb #c4a20025
-SMOKE = {   # job -> parameter -> the smallest value with which it still does all that it does
+SMOKE = {   # job -> parameter -> smallest value with which all of the job is still run
     "prepare": {"near": 0, "max_rows": 40, "total": 60},
     "mine": {"search_length": 48, "pilot": 24, "distractors": 30, "mix": "0-15",
              "num_negatives": 2},
@@ -174,6 +174,11 @@ def _read_record(out):
     try: return dict(json.loads((out/_RECORD).read_text(encoding="utf-8"))["steps"])
     except (OSError, ValueError, KeyError, TypeError): return {}
 
+def _kept(plan, about):
+    "Return what is known about a step; nothing, if its result was deleted."
+    lost = about.get("state") == "finished" and not plan.file(".ipynb").is_file()
+    return {} if lost else about
+
 def _run_step(plan, before, key, force, **options):
     "Run a step, or continue it if it was stopped; return its executed notebook."
     stopped = before.get("key") == key and before.get("state") in ("running", "failed")
@@ -190,7 +195,7 @@ def run_chain(
 ) -> Path:                    # `index.html`, the page with all steps
     "Run the steps in their order. Raises the `JobFailed` of the first one that fails."
     record = _read_record(chain.out)
-    record = {name: record.get(name, {}) for name in chain.plans}
+    record = {name: _kept(plan, record.get(name, {})) for name, plan in chain.plans.items()}
     def note(name, **about):
         record[name] = {**record[name], **about}
         chain.out.mkdir(parents=True, exist_ok=True)
@@ -198,8 +203,8 @@ def run_chain(
         replace_file(chain.out/_PAGE, _chain_page(chain, record))
     for number, (name, plan) in enumerate(chain.plans.items(), 1):
         key, title = _step_key(plan), f"step {number} of {len(chain.plans)}: {name}"
-        done = record[name].get("state") == "finished" and plan.file(".ipynb").is_file()
-        if done and record[name].get("key") == key and not force:
+        done = record[name].get("state") == "finished" and record[name].get("key") == key
+        if done and not force:
             at = record[name]["ended"]
             print(f"── {title}: done before, on {at}", file=sys.stderr, flush=True)
             continue

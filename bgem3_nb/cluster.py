@@ -241,7 +241,7 @@ def encode_on_cluster(
     threads: int = 0,               # threads of each worker (0 = torch's own number)
     stall_seconds: float = 600.,         # seconds without any answer after which the run ends
     set_aside: bool = True,         # put texts that cannot be encoded aside, instead of stopping
-    progress: bool = True,          # show a bar
+    progress: bool = True,          # show a progress bar
     prompt: str | None = None, outputs: tuple = OUTPUTS, max_length: int | None = None,
     multi_dtype: str = "float16", shard_size: int = 1024,     # all as for `encode_corpus`
 ) -> EmbeddingStore:

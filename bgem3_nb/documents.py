@@ -94,7 +94,7 @@ class Document:
                 f"{len(self.headings)} headings, {len(self.pages)} pages)")
 
 # %% ../nbs/25_documents.ipynb #848709db
-_MARKS = re.compile(r"(?: ?\[(?:\d{1,4}|[ivxlc]{1,9})\]){1,9}$")   # of notes, behind a heading
+_MARKS = re.compile(r"(?: ?\[(?:\d{1,4}|[ivxlc]{1,9})\]){1,9}$")   # marks of notes, after a heading
 
 class Block(NamedTuple):
     "Hold a piece of a file. A form feed in its text marks where a page begins."
@@ -1603,7 +1603,7 @@ def chunk_document(
     "Divide a document into chunks, which contain all of its text but white space."
     check_sizes(min_tokens, max_tokens, overlap)
     parts = units(doc, tokenizer, longest=max_tokens - min_tokens)
-    # behind the headings that the chunk begins with
+    # after the headings with which the chunk begins
     under = lambda own, b: next((u.start for u in parts[own:b] if u.rank < 3), parts[own].start)
     spans = [(parts[a].start, under(own, b), parts[b - 1].end)
              for a, own, b in choose_cuts(parts, min_tokens, max_tokens, overlap)]

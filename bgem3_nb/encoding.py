@@ -208,7 +208,7 @@ def _pool_packed(
     hidden: torch.Tensor,    # (tokens, d), the states of several texts, end to end
     lengths: torch.Tensor,   # (n,) tokens of each, at least 1
     pooling: str,            # one of `POOLINGS`
-) -> torch.Tensor:           # (n, d), not normalised
+) -> torch.Tensor:           # (n, d), not normalized
     "Make one vector per text from its hidden states."
     ends = lengths.cumsum(0)
     if pooling == "cls": return hidden[ends - lengths]
@@ -399,7 +399,7 @@ def refuse_familiar(
     return {name: value for name, value in given.items() if name not in other}
 
 # %% ../nbs/02_encoding.ipynb #7fcbd9a1
-WINDOW = 4096   # texts that are tokenised and sorted together
+WINDOW = 4096   # texts that are tokenized and sorted together
 
 class M3Encoder:
     "Encode texts as dense, lexical and multi-vector embeddings."

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from .formats import Collection, load_data
 from .readers import existing_file, parse_json
 from .rows import LABELS, Rejected, row_dicts, RowError
-from .sources import load_source, SOURCES
+from .sources import load_source, part_file, SOURCES
 from .splits import DistinctPassages, merge_queries
 from .text import fold
 
@@ -450,10 +450,11 @@ def eval_sets(
     "Read the evaluation sets of a source. Raises RowError or ValueError with file and line."
     kind, name = _kind_of(source, qrels), name or Path(str(source)).stem
     if kind == "run":
-        shared = dict(corpus=corpus, negatives=negatives, leave_out_self=leave_out_self)
-        parts = _run_parts(Path(source), split)
-        return _asked_once(s for part, path in parts.items()
-                           for s in eval_sets(path, f"{name}/{part}", **shared, **options))
+        shared = dict(negatives=negatives, leave_out_self=leave_out_self)
+        own, parts = corpus or part_file(source, "passages") or "", _run_parts(Path(source), split)
+        return _asked_once(
+            s for part, path in parts.items() for s in eval_sets(
+                path, f"{name}/{part}", corpus if path.is_dir() else own, **shared, **options))
     builder = SetBuilder(name)
     if kind == "gold": _add_gold(builder, source, _gold_corpus(source, corpus))
     elif kind == "trec": _add_trec(builder, qrels, queries, corpus)

@@ -454,9 +454,9 @@ def search_device(
 def top_dense(
     queries: Embeddings,
     corpus,                             # `Embeddings` with `dense`, or an opened store
-    k: int = 200,                       # passages wanted for each query
+    k: int = 200,                       # number of passages per query
     dtype: torch.dtype | None = None,   # precision of the CPU's proposals (None = fastest)
-    progress: bool = False,             # show a bar
+    progress: bool = False,             # show a progress bar
     device: str | torch.device | None = None,   # device of the proposals (None = a GPU if any)
 ) -> Candidates:                        # (n_q, min(k, passages)); of equals the lower number first
     "Find the best passages by dense score. Raises ValueError on NaN and on vectors of other width."
@@ -575,9 +575,9 @@ def _near_best(
 def top_multi(
     queries: Embeddings,                  # embeddings of the queries, with `multi`
     corpus,                               # `Embeddings` with `multi`, or an opened store
-    k: int = 200,                         # passages wanted for each query
+    k: int = 200,                         # number of passages per query
     dtype: torch.dtype = torch.float16,   # precision of the proposals: fp16 or bf16
-    progress: bool = False,               # show a bar
+    progress: bool = False,               # show a progress bar
     device: str | torch.device | None = None,   # device (None = a GPU if any)
 ) -> Candidates:                         # (n_q, min(k, passages)); of equals the lower number first
     "Find the best passages by MaxSim, proposed in half precision and scored in fp32."

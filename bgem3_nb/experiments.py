@@ -36,6 +36,7 @@ from .queries import vary_queries
 from .scoring import all_scores, fuse
 from .sources import load_source
 from .splits import merge_queries, retrieval_set, RetrievalSet, split_rows
+from .stages import add_safeguards, SAFEGUARDS
 from .store import encode_corpus
 from .text import fold
 from .training import M3Trainer, M3TrainingArguments, search_scores
@@ -82,7 +83,9 @@ def half_of(
 # %% ../nbs/42_experiments.ipynb #42f00005
 RECIPE = {"row_types": [],     # types of the rows that are kept; none: all
           "query_kinds": {},   # kind of query -> its share of the rows
-          "steps": 0}          # optimiser steps; 0: as many as the others
+          "steps": 0,          # optimizer steps; 0: as many as the others
+          # safeguards, as for a stage of a training; 0: off
+          "rehearsal": 0., "l2_sp": 0., "merge": 0.}
 
 def recipe_rows(
     rows: Dataset,
@@ -95,7 +98,8 @@ def recipe_rows(
     if not len(some):
         raise ValueError(f"no row has a type of {row_types}; there are "
                          f"{sorted(set(rows['query_type']))}")
-    return vary_queries(merge_queries(some, within=None), query_kinds, seed)
+    varied = vary_queries(merge_queries(some, within=None), query_kinds, seed)
+    return varied.map(lambda row: {"source": row["query_type"]}, features=varied.features)
 
 # %% ../nbs/42_experiments.ipynb #42a042ef
 def fine_tune(
@@ -105,6 +109,7 @@ def fine_tune(
     steps: int,             # number of optimizer steps
     seed: int,              # random seed
     lexical_warm_up: int = 0,   # number of steps in which a new lexical head is trained alone
+    safeguards: dict = {},  # `l2_sp` and `merge`, as for a stage of a training
     **settings,             # further fields of `M3TrainingArguments`
 ) -> M3Trainer:             # trainer after training
     "Train a model in the same way as all variants of a study."
@@ -117,7 +122,9 @@ def fine_tune(
     if lexical_warm_up and "lexical_head" in model.started_heads:
         warm_up_lexical(model, rows, lexical_warm_up, length=args.passage_length,
                         dtype=args.dtype, seed=seed)
+    finish = add_safeguards(trainer, SAFEGUARDS | safeguards)
     trainer.train()
+    finish()
     return trainer
 
 # %% ../nbs/42_experiments.ipynb #42a042f1

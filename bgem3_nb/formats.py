@@ -592,7 +592,7 @@ def read_passages(
 
 # %% ../nbs/23_formats.ipynb #6b801dc5
 def _read_qrels(path, queries, corpus, counts, rejected, notes):
-    "Return judgements whose queries and documents there are, each pair once."
+    "Return the judgements whose query and document exist, each pair once."
     ids = set(queries["_id"].to_pylist())
     chunks = None if path.suffix == ".jsonl" else _judgement_chunks(path, ids)
     records = _read_records(path, _QREL_FIELDS, counts, rejected, _QREL_ALIASES, notes, chunks)
@@ -821,7 +821,7 @@ def _pair_keys(table):
     return join_texts(_fold_keys(table["query"]), _fold_keys(table["positive"]), "\x1f")
 
 def _with_pairs_of_negatives(pairs, negatives, notes):
-    "Return the pairs, and behind them those that only hard negatives name."
+    "Return the pairs, followed by those that only hard negatives name."
     keys = _pair_keys(negatives)
     new = ~_bool_mask(pc.is_in(keys, _pair_keys(pairs)))
     codes = keys.filter(pa.array(new)).dictionary_encode().indices.to_numpy()
@@ -937,7 +937,7 @@ def _complete_chunks(corpus, named, others, notes):
 
 # %% ../nbs/23_formats.ipynb #1e8667ac
 def _with_own_passages(corpus, pairs, cut=()):
-    """Return the corpus, and behind it the positives of pairs that it lacks, each text once; and
+    """Return the corpus, followed by the positives of pairs that it lacks, each text once; and
     the number of these. The chunks in `cut` stand for no text but their own."""
     ids, keys = set(corpus["id"].to_pylist()), set(_fold_keys(corpus["text"]).to_pylist())
     chunks, new, named = ids - set(cut), [], {}
@@ -1470,7 +1470,7 @@ def stream_hub_passages(
     split: str = "train",              # split of the data set
     revision: str | None = None,       # branch, tag or commit
 ) -> Iterator[tuple[str, str]]:        # id and text
-    "Yield passages of a hub as they arrive; raise `RowError` with data set, row and field."
+    "Yield passages of a hub one by one; raise `RowError` with data set, row and field."
     rows = enumerate(_hub_stream(path, config, split, revision), 1)
     while some := [("row", n, row) for n, row in islice(rows, 1000)]:
         fields = _RecordFields(_PASSAGE_FIELDS, _PASSAGE_ALIASES)

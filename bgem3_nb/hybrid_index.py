@@ -888,7 +888,7 @@ def _remove(self: HybridIndex, document: str, kept: list[str]) -> int:
 @patch
 def upsert(self: HybridIndex,
     items: Iterable,           # documents, chunks or rows, as in `upsert_batches`
-    progress: bool = False,    # show a bar
+    progress: bool = False,    # show a progress bar
     **kwargs,                  # `batch` and `whole_documents`, as for `upsert_batches`
 ) -> Written:
     "Write documents, chunks or rows. Raises IndexProblem; acknowledged batches stay."

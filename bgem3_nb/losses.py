@@ -95,7 +95,7 @@ def _view_name(mode, width): return mode if width is None else f"{mode}@{width}"
 
 def score_matrices(
     queries: list,    # outputs of chunks of queries, b in all, with the fields of `M3Output`
-    chunks: list,     # the same for the passages, m in all
+    chunks: list,     # outputs of chunks of passages, m in all
     dims: dict[str, tuple] = {},   # mode ("dense", "multi") to smaller widths to score too
     guided: bool = False,          # also score MaxSim with lexical weights on the query's tokens
 ) -> dict[str, torch.Tensor]:      # mode, "mode@width" or "guided" to (b, m)

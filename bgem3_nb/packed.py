@@ -178,7 +178,7 @@ def refresh_weights(self: PackedEncoder):
 def _embed(self: PackedEncoder,
     ids: list[list[int]],   # token ids
 ) -> torch.Tensor:          # (tokens, d) fp32
-    "Sum word, position and type embeddings, and normalise them."
+    "Sum word, position and type embeddings, and normalize them."
     e, config = self.encoder.embeddings, self.encoder.config
     start = 0 if config.model_type == "bert" else config.pad_token_id + 1
     tokens = torch.tensor([t for i in ids for t in i], device=self.encoder.device)

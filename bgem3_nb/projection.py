@@ -68,12 +68,12 @@ class Examples:
     queries: list[str]       # distinct texts
     passages: list[str]      # distinct texts, positives first
     query: torch.Tensor      # (n,) place of each example's query
-    pos: torch.Tensor        # (n,) of its positive
-    neg: torch.Tensor        # (m,) of the negatives of all examples, end to end
+    pos: torch.Tensor        # (n,) place of its positive
+    neg: torch.Tensor        # (m,) places of the negatives of all examples, end to end
     offsets: torch.Tensor    # (n+1,) where each example's negatives begin
-    weights: torch.Tensor    # (m,) > 0, what each negative counts; 0 leaves it out
+    weights: torch.Tensor    # (m,) weight of each negative in the loss; 0 leaves it out
     types: list[tuple]       # (m,) in which features each negative differs
-    known: torch.Tensor      # sorted codes of all pairs of query and positive
+    known: torch.Tensor      # sorted numbers, one for each pair of a query and a positive
 
     def __len__(self): return len(self.query)
 
@@ -221,7 +221,7 @@ def batch_columns(
     return query, columns, weights
 
 def projection_loss(
-    queries: torch.Tensor,      # (b, d') from the head, not normalised
+    queries: torch.Tensor,      # (b, d') from the head, not normalized
     passages: torch.Tensor,     # (b + t, d')
     weights: torch.Tensor,      # (b, b + t)
     temperature: float = .02,   # temperature of the softmax
@@ -461,7 +461,7 @@ def use_best(self: ProjectionTrainer):
 def _write_checkpoint(
     t,   # a `ProjectionTrainer` with a directory `out`
 ):
-    "Write weights, optimiser, example weights and history to one file."
+    "Write weights, optimizer, example weights and history to one file."
     state = {f"optimizer.{n}.{k}": v for n, p in t.trained.items()
              for k, v in t.optimizer.state[p].items()}
     learned = t.learned and [t.learned.start, t.learned.values]
@@ -548,7 +548,7 @@ def _padded_states(
 # %% ../nbs/16_projection.ipynb #16d00001
 def _last_layers(
     model: M3Model,
-    layers: int,     # how many
+    layers: int,     # number of last layers
 ) -> list:           # the layers, the lowest first
     "List the encoder's last layers. Raises ValueError where it does not have as many."
     stack = layer_stack(model.encoder)
@@ -559,7 +559,7 @@ def _last_layers(
 @contextmanager
 def _without_last(
     encoder: nn.Module,   # a BERT, RoBERTa or XLM-R
-    layers: int,          # how many are removed
+    layers: int,          # number of last layers to remove
 ):
     "Take the last layers out of an encoder, and put them back."
     stack = encoder.encoder.layer
@@ -628,7 +628,7 @@ class TopLayers(nn.Module):
     "Compute dense vectors from the last layers, on stored states of the layers below."
     def __init__(self,
         model: M3Model,               # model whose last layers are trained
-        layers: int,                  # how many
+        layers: int,                  # number of last layers to train
         data: Examples,               # examples whose texts are encoded
         max_length: int = 128,        # tokens after which a text is truncated
         dtype: torch.dtype | None = None,  # precision of the products; None: the fastest one
@@ -700,35 +700,6 @@ class M3WithHead(M3Model):
         for part in (self.encoder, self.lexical_head, self.multi_head): part.requires_grad_(False)
         for part in (head, *last): part.requires_grad_(True)
 
-# %% ../nbs/16_projection.ipynb #b6dd42cb
-def _write_sentence_files(
-    model: M3WithHead,   # a model with a head
-    folder: Path,        # an empty directory
-    max_length: int | None,   # tokens after which a text is truncated
-):
-    "Write the files of a sentence-transformers directory."
-    def write(file, content):
-        text = json.dumps(content, indent=1, ensure_ascii=False)
-        (folder/file).write_text(text, encoding="utf-8")
-    kind = "sentence_transformers.models."
-    listed = [{"idx": 0, "name": "0", "path": "", "type": kind + "Transformer"}]
-    model.encoder.save_pretrained(folder)
-    save_tokenizer(model.tokenizer, folder)
-    for i, (name, settings, tensors) in enumerate(_sentence_modules(model), 1):
-        own = f"{i}_{name}"
-        listed.append({"idx": i, "name": str(i), "path": own, "type": kind + name})
-        (folder/own).mkdir()
-        if settings: write(f"{own}/config.json", settings)
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        if tensors: (folder/own/"model.safetensors").write_bytes(save(tensors))
-    write("modules.json", listed)
-    length = max_length or default_length(model)
-    write("sentence_bert_config.json", {"max_seq_length": length, "do_lower_case": False})
-    prompts = {name: model.config.passage_prompt for name in ("document", "passage")}
-    prompts = {"query": model.config.query_prompt} | prompts
-    write("config_sentence_transformers.json", {
-        "prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"})
-
 # %% ../nbs/16_projection.ipynb #b1e40c7d
 def export_sentence_transformers(
     model: M3Model,            # model with a projection or without
@@ -745,7 +716,7 @@ def export_sentence_transformers(
     tmp.mkdir()
     try:
         model.encoder.save_pretrained(tmp)
-        model.tokenizer.save_pretrained(tmp)
+        save_tokenizer(model.tokenizer, tmp)
         write_modules(tmp, dense_modules(model), about_model(model, "SentenceTransformer"),
                       max_length or default_length(model))
         set_modes(tmp)
@@ -780,7 +751,7 @@ def _misspell(
 
 def messy_copy(
     text: str,                 # carefully written text
-    seed: int = 0,             # the same seed and text give the same result
+    seed: int = 0,             # random seed; the same seed and text give the same result
     diacritics: float = .6,    # chance that all diacritics are left out
     short: float = .5,         # chance of each abbreviation, and of 5tr5 for 5.5 triệu
     typos: float = .1,         # chance of a typo in each word of four letters or more

@@ -1223,11 +1223,11 @@ def rule_queries(
     themes: dict = THEMES,                 # language -> theme -> key words
     templates: dict = TEMPLATES,           # language -> type -> lines with fields
     types: Iterable[str] = ("keywords", "thematic"),
-    per_type: int = 1,                     # queries of each type for a passage
-    max_pos: int = 20,                     # passages a query may fit
-    language: str | None = None,           # language of all queries (None = that of each passage)
+    per_type: int = 1,                     # number of queries of each type and passage
+    max_pos: int = 20,                     # maximum number of passages that fit a query
+    language: str | None = None,           # language of all queries (None: that of each passage)
     seed: int = 0,                         # random seed of the choice among templates
-    progress: bool = True,                 # show a bar
+    progress: bool = True,                 # show a progress bar
 ) -> Generated:
     """Write queries by templates. Raises ValueError for passages and templates that cannot be
     used."""
@@ -1319,8 +1319,8 @@ _OF_PASSAGES = QUERY_KINDS[:2]   # kinds that are made from a positive
 
 def check_kinds(
     kinds: dict[str, float],   # one of `QUERY_KINDS` -> its share of the rows
-) -> float:                    # the share that is left
-    "Raise ValueError for a kind that is unknown, or shares that leave no row as it is."
+) -> float:                    # share that is left for the original rows
+    "Raise ValueError for an unknown kind, or for shares that leave no original rows."
     rest = 1 - sum(kinds.values())
     if unknown := [kind for kind in kinds if kind not in QUERY_KINDS]:
         raise ValueError(f"there is no kind {unknown[0]!r} of queries; there are "
@@ -1348,7 +1348,7 @@ def _with_quoted(
     made: list[dict],           # rows of the kind `quotation`
     passages: dict[str, str],   # text -> id
 ) -> list[dict]:
-    "Add to each quotation the other passages in which it stands."
+    "Add to each quotation the other passages that contain it."
     keys = [" ".join(_word_keys(row["query"])) for row in made]
     holders, sizes = {key: [] for key in keys}, {len(key.split()) for key in keys}
     for text in passages:
@@ -1376,11 +1376,11 @@ def _made_rows(kind, wanted, rows, draw, counts):
     return [*made.values()]
 
 def vary_queries(
-    rows: Dataset,             # rows in the schema of the rows chapter
+    rows: Dataset,             # rows of the schema
     kinds: dict[str, float],   # one of `QUERY_KINDS` -> its share of the result
     seed: int = 0,             # random seed
-) -> Dataset:                  # the rows and the new ones; fewer where texts are too short
-    "Ask for the passages of rows in other ways too. Raises ValueError for a kind or share."
+) -> Dataset:                  # old and new rows; fewer if texts are too short
+    "Add rows that ask in other ways. Raises ValueError for an unknown kind or a bad share."
     rest, given, draw = check_kinds(kinds), [*row_dicts(rows)], random.Random(seed)
     texts = {"query": [row["query"] for row in given], "pos": [p for r in given for p in r["pos"]]}
     counts = {side: Counter(key for t in of for key in set(_word_keys(t)))
@@ -1396,8 +1396,8 @@ def vary_queries(
 # %% ../nbs/26_queries.ipynb #26f0000b
 def long_queries(
     rows: Dataset,
-) -> str:   # a sentence, or "" where queries are shorter than passages
-    "Say whether queries are as long as what they are to find, in words."
+) -> str:   # note for the user; "" if queries are shorter than passages
+    "Say so if the queries have as many words as the passages."
     query, passage = (np.median([len(t.split()) for t in texts]) for texts in
                       (rows["query"][:], (p for pos in rows["pos"][:] for p in pos)))
     if query < passage: return ""

@@ -45,14 +45,14 @@ def _bad_line(what, raw):
 
 # %% ../nbs/21_readers.ipynb #4f6d2ac3
 def _decode_line(raw, first):
-    "Return a line as text; a byte-order mark is taken off the first."
+    "Return a line as text, the first one without its byte-order mark."
     try: return raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as e:
         raise _bad_line(f"byte {e.start + 1} of the line is not UTF-8; save the file as UTF-8",
                         raw.decode(errors="replace")) from None
 
 def _unique_fields(pairs):
-    "Return an object, or the error in its place that it has a field twice."
+    "Return an object, or an error in its place if it has a field twice."
     if len(row := dict(pairs)) == len(pairs): return row
     counts = Counter(name for name, _ in pairs)
     twice = next(name for name, n in counts.items() if n > 1)
@@ -226,7 +226,7 @@ def tsv_cells(
         yield number, _encoding_error(text) or [*map(unquoted_cell, text.split("\t"))], text
 
 # %% ../nbs/21_readers.ipynb #daf0e38b
-_LONGEST_ROW = 100_000   # highest number of lines in a row, in case a quote is never closed
+_LONGEST_ROW = 100_000   # maximum number of lines of a row, in case a quote is never closed
 
 def _csv_cells(path):
     "Yield (line, cells or the error in their place, text) of a comma-separated file."

@@ -138,8 +138,8 @@ class TimedReranker:
     "Limit the time of a reranker; its scores are NaN when it is late."
     def __init__(self,
         reranker: Reranker,
-        seconds: float,        # most that one call of `scores` may take
-        batch: int = 8,        # pairs between two looks at the clock
+        seconds: float,        # maximum duration of one call of `scores`
+        batch: int = 8,        # number of pairs after which the time is checked
     ):
         if not seconds > 0: raise ValueError(f"seconds must be above 0, not {seconds}")
         self.reranker, self.seconds, self.batch = reranker, seconds, batch

@@ -153,7 +153,7 @@ def plan(
     part: int = 65_536,                  # passages of a part, as for `candidates_on_cluster`
     code: int = 72,                      # bytes of a passage in a compressed index, with its number
 ) -> dict[str, float]:
-    "Reckon what a corpus needs."
+    "Estimate what a corpus needs."
     stored = passages * sum(v for k, v in each.items() if k != "text")
     writing = stored / rates.write / 3600
     encoding = passages / rates.encode / 3600 + writing
@@ -175,7 +175,7 @@ def limits(
     machine: Machine = Machine(),
     code: int = 72,                 # bytes of a passage in a compressed index, with its number
 ) -> pd.Series:                     # passages at which one machine is full, lowest first
-    "Reckon which part of a corpus outgrows one machine first."
+    "Compute which part of a corpus outgrows one machine first."
     ram, disk = .8 * machine.memory, .8 * machine.disk
     found = {f"{name} vectors on disk" if name != "lexical" else "lexical weights on disk":
              disk / size for name, size in each.items() if size and name != "text"}

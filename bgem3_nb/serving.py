@@ -627,7 +627,7 @@ Guard.note = _note
 
 # %% ../nbs/36_serving.ipynb #36a00083
 def _watch(self):
-    "Run the clock while a client sends something that no request begins with yet, or no more."
+    "Run the timer while the headers of a request are incomplete."
     waits = self.cycle is None or self.cycle.response_complete
     if waits and self.clock is None and not self.transport.is_closing():
         self.clock = self.loop.call_later(self.limits.header_seconds, self.late)
@@ -653,7 +653,7 @@ def _refuse(self, status: int, why: str):
 # %% ../nbs/36_serving.ipynb #36a00082
 @cache
 def _timed_protocol():
-    "Make uvicorn's protocol with a clock for headers; uvicorn is imported when a server starts."
+    "Make uvicorn's protocol with a timer for headers; uvicorn is imported when a server starts."
     from uvicorn.protocols.http.h11_impl import H11Protocol
     class TimedProtocol(H11Protocol):
         def __init__(self, limits: Settings, **kwargs):

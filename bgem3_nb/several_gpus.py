@@ -28,7 +28,7 @@ from fsspec.registry import known_implementations
 # %% ../nbs/39_several_gpus.ipynb #84c0000c
 @dataclass(frozen=True)
 class Processes:
-    "Hold how many processes train, and on which machines. Raises `ValueError` for what cannot be."
+    "Hold how many processes train, and on which machines. Raises `ValueError` if impossible."
     nproc: int            # number of processes on each machine
     nnodes: int = 1       # number of machines
     node_rank: int = 0    # number of this machine, from 0
@@ -68,7 +68,7 @@ _LOST = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "ncc
 def lost_connection(
     error: str,   # text of an error
 ) -> bool:
-    "Tell whether an error of the exchange says no more than that another process has ended."
+    "Tell whether an error only says that the connection to another process was lost."
     exchange = ("gloo", "nccl", "tcpstore")
     return any(n in error.lower() for n in exchange) and any(part in error for part in _LOST)
 
@@ -76,7 +76,7 @@ def lost_connection(
 def report_failure(
     sentence: str,   # why this process ends
 ):
-    "Tell the launcher why this process fails; without effect if none has started it."
+    "Tell the launcher why this process fails; do nothing if there is no launcher."
     if not (file := os.environ.get("TORCHELASTIC_ERROR_FILE")): return
     about = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}
     Path(file).write_text(json.dumps({"message": about}))
@@ -182,7 +182,7 @@ class CheckpointStore:
         self.fs.pipe_file(path, data)
 
     def names(self) -> dict[str, dict]:   # name -> manifest
-        "Read the manifests of all copies; one that is cut off counts as none."
+        "Read the manifests of all copies; an incomplete manifest is ignored."
         self.fs.invalidate_cache()
         found = {}
         for path in self.fs.glob(f"{self.root}/*.json"):
@@ -259,7 +259,7 @@ def keep(self: CheckpointStore,
     folder: str | Path,   # the trainer's directory
     name: str,            # name of its newest checkpoint
 ):
-    "Copy a checkpoint, and drop what the directory has no more; what fails is a warning."
+    "Copy a checkpoint and delete those that the directory no longer has; warn on failure."
     folder = Path(folder)
     try:
         self.put(name, folder, [*sorted(p.name for p in folder.glob("mined-*")), name])
@@ -277,7 +277,7 @@ def keep(self: CheckpointStore,
 def restore(self: CheckpointStore,
     folder: str | Path,   # the trainer's directory
 ) -> list[str]:           # names of what was fetched
-    "Fetch all copies that a directory lacks, the newest first; a damaged one is a warning."
+    "Fetch all copies that a directory lacks, the newest first; warn about a damaged one."
     fetched, folder = [], Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in sorted(self.names(), key=_step, reverse=True):

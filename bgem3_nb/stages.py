@@ -112,7 +112,7 @@ class L2SPRegularizer(TrainerCallback):
 def merge_weights(
     model: M3Model,            # changed in place: share `1 - back` of it stays
     start: dict,               # state dict of a model of the same shape
-    back: float,               # how far to go towards `start`: 0 not at all, 1 all the way
+    back: float,               # share of `start` in the average: 0 none, 1 all of it
 ) -> M3Model:                  # the same model
     "Average two models, encoder and heads, by weight. Raises ValueError if they do not fit."
     own = model.state_dict()

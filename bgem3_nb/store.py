@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -71,9 +72,16 @@ def fingerprint(
 
 def _tokenizer_hash(tokenizer):
     "Hash vocabulary, normalization and rules of a tokenizer, but not truncation and padding."
-    if backend := getattr(tokenizer, "backend_tokenizer", None):
-        state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}
-    else: state = sorted(tokenizer.get_vocab().items())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend: return _rules_hash(backend.to_str())
+    return _json_hash(sorted(tokenizer.get_vocab().items()))
+
+@lru_cache(1)    # parsing a large vocabulary takes a second, and a model has several stores
+def _rules_hash(rules):
+    "Hash the rules of a fast tokenizer, as JSON text."
+    return _json_hash(json.loads(rules) | {"truncation": None, "padding": None})
+
+def _json_hash(state):
     return blake2b(json.dumps(state, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 # %% ../nbs/41_store.ipynb #8f7e9c73

@@ -186,12 +186,15 @@ def save_tokenizer(
 ):
     "Save a tokenizer; if it has steps, with a class that keeps them."
     tokenizer.save_pretrained(folder)
+    if not tokenizer.is_fast: return
     file = Path(folder)/"tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
     # a class of transformers 4 and 5 that takes the file as it is
     if carries_steps(tokenizer) or settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        replace_file(file, json.dumps(settings, indent=2, ensure_ascii=False).encode())
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    settings["added_tokens_decoder"] = {i: t.__getstate__() for i, t in sorted(added.items())}
+    replace_file(file, json.dumps(settings, indent=2, ensure_ascii=False).encode())
 
 # %% ../nbs/91_text.ipynb #91e10021
 def hashed_share(

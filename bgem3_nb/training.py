@@ -111,7 +111,7 @@ class M3TrainingArguments(TrainingArguments):
     distill: str = "ensemble"          # teacher: "ensemble", "pairwise" or "guided"; "" for none
     distill_start: int = 0             # step at which self-distillation begins
     matryoshka: tuple[int, ...] = ()   # smaller widths at which the dense vector is trained too
-    matryoshka_multi: tuple[int, ...] = ()  # the same for the multi-vectors
+    matryoshka_multi: tuple[int, ...] = ()  # smaller widths of the multi-vectors
     teacher: str = ""                  # loss on rows' scores: "distribution", "margin"; "" for none
     teacher_weight: float = 1.         # weight of that term of the loss
     teacher_temperature: float = 1.    # divides the teacher's scores
@@ -126,7 +126,7 @@ class M3TrainingArguments(TrainingArguments):
     search_length: int = 512           # tokens after which a text is truncated in validation
     chunk_tokens: int = 0              # tokens encoded at a time (0 = as many as fit, at most 8192)
     lexical_learning_rate: float = 5e-4  # learning rate of the lexical head
-    lexical_sparsity: float = 0.       # weight of the FLOPS regularisation, for a head that expands
+    lexical_sparsity: float = 0.       # weight of the FLOPS regularization, for a head that expands
     multi_learning_rate: float = 1e-4  # learning rate of the multi-vector head
     freeze_embeddings: bool = True     # leave the token embeddings as they are
     freeze_layers: int = 0             # lowest layers that stay as they are; -1: all of them
@@ -152,7 +152,7 @@ def count_steps(
     args: M3TrainingArguments,
     rows: int,   # training rows
 ) -> int:
-    "Count the optimiser steps of a training. Raises ValueError if the rows fill no batch."
+    "Count the optimizer steps of a training. Raises ValueError if the rows fill no batch."
     batch = args.train_batch_size * args.world_size
     batches = rows // batch if args.dataloader_drop_last else -(-rows // batch)
     if not batches:

@@ -1,5 +1,5 @@
-"""Python processes that are forked from one that has loaded the libraries, since loading them takes longer than most
-jobs of the tests run. The package itself is loaded by each process anew.
+"""Python processes that are forked from one that has loaded the libraries and the embedded model's tokenizer, since
+loading them takes longer than most jobs of the tests run. The package itself is loaded by each process anew.
 
 `Forked` is `subprocess.Popen` for `[python, "-c", code, …]`, `[python, "-m", module, …]` and `[python, file, …]`: a
 process of its own with its own environment, directory, streams and signals. Kernels that it starts are forked from the
@@ -89,9 +89,34 @@ def load():
     import pandas, scipy.sparse, scipy.stats, torch, tqdm.auto                             # noqa: E401, F401
     import ipykernel.kernelapp, nbconvert.exporters, nbformat, papermill                   # noqa: E401, F401
     from jupyter_client import launcher, AsyncKernelManager                                # noqa: F401
-    from transformers import AutoModel, AutoTokenizer, Trainer                             # noqa: F401
-    from transformers.models.xlm_roberta import modeling_xlm_roberta, tokenization_xlm_roberta   # noqa: F401
+    from transformers import AutoModel, Trainer                                            # noqa: F401
+    from transformers.models.xlm_roberta import modeling_xlm_roberta                       # noqa: F401
+    keep_tokenizer(embedded_folder())
     return launcher
+
+
+def embedded_folder():
+    "The directory of the embedded model. The package that tells it is forgotten, so that each process loads its own."
+    from bgem3_nb.embedded import embedded_path
+    path = embedded_path(progress=False)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "bgem3_nb"]: del sys.modules[name]
+    return path
+
+
+def keep_tokenizer(path):
+    """Load a directory's tokenizer now. Each process forked from this one gets it where it would load it first, if no
+    file of the directory has changed; it loads all others, and this one a second time, as always."""
+    from transformers import AutoTokenizer
+    load = AutoTokenizer.from_pretrained
+
+    def state(): return [(p.name, s.st_mtime_ns, s.st_size) for p in sorted(Path(path).iterdir()) for s in [p.stat()]]
+    then, kept = state(), [load(path, trust_remote_code=False)]
+
+    def from_pretrained(name, *more, **settings):
+        same = str(name) == str(path) and not more and settings in ({}, {"trust_remote_code": False})
+        if same and kept and Path(path).is_dir() and state() == then: return kept.pop()
+        return load(name, *more, **settings)
+    AutoTokenizer.from_pretrained = from_pretrained
 
 
 def take_over(cwd, env, streams):

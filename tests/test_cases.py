@@ -4,6 +4,7 @@ import re
 
 import pytest
 from conftest import REPO
+from test_chains import check_judged, check_steps
 
 from bgem3_nb.chains import chain_mark, plan_chain
 
@@ -58,6 +59,6 @@ def test_a_case_can_be_executed_at_its_smallest(tmp_path, env, python):
     env |= {"MPLBACKEND": "agg", "BGEM3_NB_SMOKE": str(tmp_path / "run")}
     done = python("-c", code)
     assert done.returncode == 0, done.stderr[-3000:]
-    record = json.loads((tmp_path / "run" / "chain.json").read_text(encoding="utf-8"))["steps"]
-    assert {about["state"] for about in record.values()} == {"finished"}
+    check_steps(tmp_path / "run", plan_chain("company").plans)
+    check_judged(tmp_path / "run", ["test", "company"])
     assert "prepare/test" in done.stdout

@@ -9,7 +9,7 @@ import torch
 from scipy.sparse import random as random_sparse
 from tiny_run import found_first
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import BartConfig, BartModel, RobertaConfig, RobertaModel, TrainerCallback
+from transformers import AutoTokenizer, BartConfig, BartModel, RobertaConfig, RobertaModel, TrainerCallback
 from transformers.utils import logging
 
 from bgem3_nb import exact_search, scoring
@@ -21,6 +21,7 @@ from bgem3_nb.exact_search import top_dense
 from bgem3_nb.model import M3Model, max_positions, POOLINGS
 from bgem3_nb.projection import Examples, TopLayers
 from bgem3_nb.scoring import _best_matches, _lexical_on, _segment_maxima, lexical_scores, maxsim_scores
+from bgem3_nb.text import save_tokenizer
 from bgem3_nb.training import M3Trainer, M3TrainingArguments
 
 logging.disable_progress_bar()
@@ -427,3 +428,21 @@ def test_an_instruction_that_leaves_no_room_for_the_query_is_refused(checkpoint,
     model = load(checkpoint("Qwen3"), "Qwen3", query_prompt="Instruct: find what answers the question\nQuery: ")
     with pytest.raises(ValueError, match="query_length is 16, and query_prompt alone has .* tokens"):
         train(model, tmp_path, query_length=16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_tokenizer_is_the_one_that_was_saved(family, checkpoint, tmp_path):
+    "With the list of added tokens, which transformers 5 leaves out, it is loaded as without."
+    own = AutoTokenizer.from_pretrained(checkpoint(family))
+    own.add_tokens(["khoản"])
+    own.add_special_tokens({"additional_special_tokens": ["[điều]"]})
+    own.save_pretrained(tmp_path / "plain")
+    save_tokenizer(own, tmp_path / "listed")
+    plain, listed = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("plain", "listed"))
+    assert type(plain) is type(listed) and len(plain) == len(listed)
+    assert plain.special_tokens_map == listed.special_tokens_map
+    assert plain.added_tokens_decoder == listed.added_tokens_decoder
+    assert plain.all_special_ids == listed.all_special_ids
+    assert plain.backend_tokenizer.to_str() == listed.backend_tokenizer.to_str()
+    text = f"{TEXTS[0]} khoản [điều] {own.mask_token or ''}"
+    assert plain(text)["input_ids"] == listed(text)["input_ids"] == own(text)["input_ids"]

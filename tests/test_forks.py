@@ -8,8 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny_words import tiny_tokenizer
+from transformers import AutoTokenizer
 
-from forks import Forked
+from forks import Forked, keep_tokenizer
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is forked there")
 SEEN = """import json, os, sys
@@ -73,3 +75,28 @@ def test_signals_reach_it_and_it_dies_with_the_one_who_asked(forks, env, tmp_pat
             time.sleep(.01)
         left.stdout.close()
         left.returncode = 0
+
+
+def test_a_kept_tokenizer_is_given_once_and_while_its_files_are_the_same(tmp_path, monkeypatch):
+    load, tokenizer = AutoTokenizer.from_pretrained, tiny_tokenizer()
+    def known(**settings): return AutoTokenizer.from_pretrained(tmp_path, **settings).convert_tokens_to_ids("new")
+    def keep():
+        monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+        keep_tokenizer(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    keep()
+    first, second = (AutoTokenizer.from_pretrained(str(tmp_path)) for _ in range(2))
+    assert first is not second and first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    keep()
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(tmp_path)
+    assert known() == known(trust_remote_code=False) == len(tokenizer) - 1
+
+
+def test_the_embedded_tokenizer_is_that_of_a_process_that_loads_it(python):
+    code = ("import hashlib, sys\nfrom bgem3_nb.backbone import load_backbone\n_, t = load_backbone()\n"
+            "rules = hashlib.md5(t.backend_tokenizer.to_str().encode()).hexdigest()\n"
+            "print(type(t), rules, t.special_tokens_map, t.padding_side, t.model_max_length, t.init_kwargs)")
+    forked, started = python("-c", code), python("-c", code, forked=False)
+    assert forked.returncode == 0, forked.stderr
+    assert forked.stdout == started.stdout

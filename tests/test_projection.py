@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +23,7 @@ from bgem3_nb.model import ProjectionHead
 from bgem3_nb.projection import (
     batch_columns, Examples, M3WithHead, ProjectionArguments, TopLayers,
     export_sentence_transformers, listing_groups, messy_copy, projection_loss, split_listings)
+from bgem3_nb.text import set_steps
 
 TEXTS = ["Phòng trọ 25m² Quận 10, wc riêng", "q10", "a",
          "Căn hộ mini có ban công, giá 5tr5, không chung chủ, gần chợ và bến xe"]
@@ -72,6 +74,19 @@ def test_sentence_transformers_gives_the_same_vectors(tmp_path, tokenizer, pooli
     assert again.model.dense_head.settings == head.settings
     for how in ("encode", "encode_queries", "encode_passages"):
         np.testing.assert_allclose(getattr(again, how)(TEXTS).dense, getattr(ours, how)(TEXTS).dense, atol=1e-6)
+
+
+def test_an_export_normalizes_as_the_model_does(tmp_path, tokenizer):
+    import sentence_transformers as st_lib
+    model = small_model(tokenizer, "mean")
+    model.tokenizer = deepcopy(tokenizer)                          # the steps change a tokenizer
+    set_steps(model.tokenizer, ["nfc", "arabic_marks"])
+    plain, vocalized = "الحمد لله رب العالمين", "الْحَمْدُ لِلَّهِ رَبِّ الْعَالَمِينَ"
+    export_sentence_transformers(model, tmp_path / "st", max_length=64)
+    theirs = st_lib.SentenceTransformer(str(tmp_path / "st"), device="cpu", local_files_only=True)
+    wanted = small_encoder(model).encode([plain, vocalized]).dense
+    np.testing.assert_array_equal(wanted[0], wanted[1])
+    np.testing.assert_allclose(theirs.encode([plain, vocalized]), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o007])

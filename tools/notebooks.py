@@ -2,8 +2,9 @@
 
     python tools/notebooks.py 2 nbs/20_rows.ipynb nbs/40_evaluation.ipynb      # two at a time
 
-The libraries that nearly every chapter needs are loaded once, before the processes are forked from this one: loading
-them takes as long as many a chapter runs. The package itself is loaded by each chapter anew.
+The libraries that nearly every chapter needs, and the tokenizer of the embedded model, are loaded once, before the
+processes are forked from this one: loading them takes as long as many a chapter runs. The package itself is loaded by
+each chapter anew.
 """
 import os
 import sys
@@ -22,7 +23,11 @@ from book import hide_others
 from nbdev.config import get_config
 from nbdev.test import test_nb
 from transformers import Trainer  # noqa: F401
-from transformers.models.xlm_roberta import modeling_xlm_roberta, tokenization_xlm_roberta  # noqa: F401
+from transformers.models.xlm_roberta import modeling_xlm_roberta  # noqa: F401
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from forks import embedded_folder, keep_tokenizer  # noqa: E402
+sys.path.pop(0)
 
 
 def run(path, log):
@@ -62,5 +67,6 @@ def main(places, paths):
 
 
 if __name__ == "__main__":
+    keep_tokenizer(embedded_folder())
     hide_others()      # a chapter has what its first cell installs on Colab
     main(int(sys.argv[1]), [Path(p).absolute() for p in sys.argv[2:]])

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import cache, partial
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
@@ -23,6 +24,7 @@ from forks import run_forked, Server  # noqa: E402
 
 bin = Path(sys.executable).parent
 SIDE_BY_SIDE = min(os.cpu_count() or 1, 4)   # a process with a model needs up to 3 GB
+MOST = max(1, SIDE_BY_SIDE - 1)   # places of chapters or tests: one other command fills the cores while they wait
 IGNORED = shutil.ignore_patterns(".venv", ".git", "_*", "*.egg-info", "__pycache__", "build", "dist", "runs", "cache",
                                  ".*_cache", ".ipynb_checkpoints")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
@@ -37,9 +39,11 @@ def shown(words):
     return " ".join(str(w).replace(f"{root}/", "") for w in words if "\n" not in str(w))
 
 
-def call(*words, cwd=root, env=None, quiet=False, run=subprocess.run):
-    "Run a command when there is a place for it; its failure is an exception. A quiet one prints only when it fails."
-    with places:
+def call(*words, cwd=root, env=None, quiet=False, run=subprocess.run, taking=1):
+    """Run a command when there are the places that it takes; its failure is an exception. A quiet one prints only when
+    it fails."""
+    with ExitStack() as taken:
+        for _ in range(taking): taken.enter_context(places)
         print("$", shown(words), flush=True)
         start = time.perf_counter()
         done = run([str(w) for w in words], cwd=cwd, env=env or offline, text=True,
@@ -65,7 +69,14 @@ def plain_environment():
 
 
 def copy_tree(target):
-    "A copy of the project without what is ignored, so that no check changes the project itself."
+    "A copy of the project as it was when the checks began, so that no check changes the project itself."
+    return shutil.copytree(as_it_was(), target)
+
+
+@cache
+def as_it_was():
+    "A copy of the project without what is ignored."
+    target = work / "as_it_was"
     if (root / ".git").exists():
         listing = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True)
     if not (root / ".git").exists() or listing.returncode:  # no clone, or no git
@@ -102,13 +113,13 @@ def house_rules():
 
 def notebooks():
     "Every cell of every chapter runs and its tests hold, each chapter in a process of its own; jobs are run below."
-    call(sys.executable, "tools/notebooks.py", SIDE_BY_SIDE, *sorted((root / "nbs").glob("*.ipynb")))
+    call(sys.executable, "tools/notebooks.py", SIDE_BY_SIDE, *sorted((root / "nbs").glob("*.ipynb")), taking=MOST)
 
 
 def processes_and_files():
     "What notebooks cannot hold: processes, kills, the command line."
     call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", SIDE_BY_SIDE, "--dist", "worksteal",
-         "--basetemp", work / "pytest", "-o", "tmp_path_retention_policy=failed", "tests")
+         "--basetemp", work / "pytest", "-o", "tmp_path_retention_policy=failed", "tests", taking=MOST)
     shutil.rmtree(work / "pytest", ignore_errors=True)
 
 
@@ -242,9 +253,10 @@ def lowest_versions():
     call(venv / "bin" / "python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, cwd=copy, env=below)
 
 
-# The checks of one list run at the same time; pytest runs alone, since it has processes of its own. What asked the
-# network is looked at when everything that could ask has ended.
-WAVES = [[modules_equal_notebooks, house_rules], [notebooks], [processes_and_files], [packages, jobs, release, site],
+# The checks of one list run at the same time. Chapters and tests run in as many processes as there are cores, which
+# often wait for others, and beside them one command of another check. What asked the network is looked at when
+# everything that could ask has ended.
+WAVES = [[modules_equal_notebooks, house_rules], [notebooks, site, packages, release], [processes_and_files, jobs],
          [nothing_asked_the_network]]
 ON_REQUEST = [lowest_versions]  # not part of the whole
 
@@ -268,6 +280,7 @@ def main():
     wanted = set(sys.argv[1:]) or known.keys() - {c.__name__ for c in ON_REQUEST}
     waves = [[check for check in wave if check.__name__ in wanted] for wave in [*WAVES, ON_REQUEST]]
     began, results = time.perf_counter(), {}
+    as_it_was()      # before chapters and tests write files
     for wave in filter(None, waves):
         with ThreadPoolExecutor(len(wave)) as pool: results |= zip(wave, pool.map(passes, wave))
     failed = [check.__name__ for check, passed in results.items() if not passed]
