@@ -107,13 +107,20 @@ def test_every_picture_has_a_text(tmp_path):
     assert bad[2] == "20_rows.ipynb: ![](images/x.png) has no text"
 
 
-def test_widgets_are_taken_out(tmp_path):
+def test_what_other_hosts_would_send_is_taken_out(tmp_path):
     page = tmp_path / "a.html"
     page.write_text('<head><script src="https://cdn.jsdelivr.net/npm/requirejs@2.3.6/require.min.js" integrity="x">'
                     '</script>\n<script src="own.js"></script>\n<script type="application/javascript">'
                     "define('jquery', [],function() {return window.jQuery;})</script></head>")
-    docs.without_widgets(tmp_path)
+    style = tmp_path / "libs" / "theme.css"
+    style.parent.mkdir()
+    own = """:root{color:#fff}a{background:url('data:image/svg+xml,<svg xmlns="http://www.w3.org/2000/svg"/>')}"""
+    style.write_text('@import"https://fonts.example.com/css2?family=Lato:wght@400;700&display=swap";' + own)
+    assert [b for b in docs.check(tmp_path, [], "https://b.example")[0] if b.startswith("theme.css: needs")]
+    docs.without_other_hosts(tmp_path)
     assert page.read_text() == '<head><script src="own.js"></script>\n</head>'
+    assert style.read_text() == own
+    assert not [b for b in docs.check(tmp_path, [], "https://b.example")[0] if "needs another host" in b]
 
 
 def test_the_font_has_what_formulas_need(tmp_path):

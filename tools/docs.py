@@ -173,11 +173,16 @@ WIDGETS = re.compile(r"<script[^>]*src=\"https://cdn\.jsdelivr\.net/npm/(?:requi
                      r"<script[^>]*>define\('jquery'[^<]*</script>\s*")
 
 
-def without_widgets(site):
-    """Take the libraries of Jupyter's widgets out of the pages: Quarto links them wherever an output is HTML, and no
-    page has a widget."""
+FONTS = re.compile(r"""@import\s*(?:url\()?["']?https?://[^"')]*["']?\)?;""")   # a theme's letters, from another host
+
+
+def without_other_hosts(site):
+    """Take out of the site what other hosts would have to send: the libraries of Jupyter's widgets, which Quarto links
+    wherever an output is HTML (no page has a widget), and the fonts of its themes, for which the reader's own stand."""
     for page in site.glob("*.html"):
         page.write_text(WIDGETS.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
+    for style in site.rglob("*.css"):
+        style.write_text(FONTS.sub("", style.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 HOME = ("index.ipynb", "index_vi.ipynb")   # the first page, and the same in Vietnamese
@@ -324,6 +329,9 @@ def check(site, notebooks, url):
             if not target.is_file(): bad.append(f"{page.file.name}: {ref} leads nowhere")
             elif anchor and target in pages and unquote(anchor) not in pages[target].ids: bad.append(
                 f"{page.file.name}: {ref}: no such heading")
+    for style in site.rglob("*.css"):
+        foreign = re.findall(r"""(?:@import\s*|url\()["']?(?:https?:)?(//[^"')]+)""", style.read_text(encoding="utf-8"))
+        bad += [f"{style.name}: needs another host: {source}" for source in foreign]
     formulas = sum(p.formulas for p in pages.values())
     return bad, f"{len(pages)} pages, {formulas} formulas, {local} local links and pictures"
 
@@ -346,11 +354,11 @@ def main():
         shutil.rmtree(cfg.doc_path, ignore_errors=True)
         subprocess.run(["quarto", "render", "--no-cache"], cwd=staged, check=True)
         site, by, bad = Path(shutil.move(staged / cfg.doc_path.name, cfg.doc_path)), "Quarto", []
-        without_widgets(site)
     else:
         site, by = cfg.config_path / "_site", "smalldocs, a smoke build: the published site is Quarto's"
         shutil.rmtree(site, ignore_errors=True)
         bad = smalldocs(staged, site)
+    without_other_hosts(site)
     wrong, summary = check(site, notebooks, url)
     for problem in bad + wrong: print(problem, file=sys.stderr)
     print(f"{site.name}/index.html ({by}): {summary}, {len(bad + wrong)} problems")
