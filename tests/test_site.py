@@ -94,6 +94,13 @@ def test_the_badge_is_a_link_and_no_figure(tmp_path):
     assert cell["source"] == ['<a class="colab" href="https://c.example/x.ipynb">Open in Colab</a>']
 
 
+def test_an_output_without_a_letter_is_left_out(tmp_path):
+    printed = [{"output_type": "stream", "name": "stdout", "text": [text]} for text in ("\n", "one\n")]
+    (tmp_path / "20_rows.ipynb").write_text(json.dumps({"cells": [code("f()") | {"outputs": printed}]}))
+    docs.mend_pages(tmp_path, tmp_path)
+    assert json.loads((tmp_path / "20_rows.ipynb").read_text())["cells"][0]["outputs"] == printed[1:]
+
+
 def test_every_picture_has_a_text(tmp_path):
     assert docs.without_alt(REPO / "nbs") == []
     picture = {"output_type": "display_data", "data": {"image/png": "x"}}

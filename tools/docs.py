@@ -123,12 +123,16 @@ def own_arguments(nb, package, longest=20):
 
 def mend_pages(staged, package):
     """What nbdev leaves for us to do in the notebooks that it has processed: the order of the documentation, the
-    arguments of a class, and the badge, which Quarto would show as a figure with a caption, from another host."""
+    arguments of a class, outputs without a letter, and the badge, which Quarto would show as a figure with a caption,
+    from another host."""
     for path in staged.glob("*.ipynb"):
         nb = json.loads(path.read_text(encoding="utf-8"))
         order_documentation(nb)
         own_arguments(nb, package)
         for cell in nb["cells"]:
+            printed = [o for o in cell.get("outputs", ()) if o["output_type"] == "stream"]
+            blank = [o for o in printed if not "".join(o["text"]).strip()]   # would be a bar beside nothing
+            if blank: cell["outputs"] = [o for o in cell["outputs"] if o not in blank]
             if cell["cell_type"] == "markdown" and (badge := BADGE.fullmatch("".join(cell["source"]).strip())):
                 cell["source"] = [f'<a class="colab" href="{badge[1]}">Open in Colab</a>']
         path.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -243,7 +247,7 @@ def api_page(nbs, package):
     def row(name, module, says):
         escaped = says.replace("|", chr(92) + "|")
         return f"| [`{name}`]({notebook[module]}#{name.lower()}) | {escaped} |"
-    out = ["# Public names", "", "> What can be imported, and where it is explained.", "",
+    out = ["---", "title: Public names", "description: What can be imported, and where it is explained.", "---", "",
            "## `from bgem3_nb import …`", "", "| name | |", "|---|---|"]
     out += [row(name, module, modules[module].get(name, "")) for name, module in front.items()]
     for module in order:
