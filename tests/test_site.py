@@ -84,6 +84,16 @@ def test_a_class_is_shown_by_its_own_arguments(tmp_path):
     a, b = ("".join(c["outputs"][0]["data"]["text/markdown"]) for c in nb["cells"])
     assert a == f"### A\n\n```python\nclass A(\n{own}    **others,   # those of Base\n)\n```\n\nText"
     assert b == signature
+    nb = {"cells": [code("show_doc(A)", "### A\n\n```python\ndef A(\n    x:int=1\n)->None:\n```\n\n*One.*")]}
+    docs.own_arguments(nb, tmp_path)
+    assert "".join(nb["cells"][0]["outputs"][0]["data"]["text/markdown"]) == (
+        "### A\n\n```python\nclass A(\n    x:int=1\n)\n```\n\n*One.*")
+
+
+def test_the_first_paragraph_of_a_docstring_is_in_italics():
+    assert docs.slanted("```python\ndef f():\n```\n\n*One,*\ntwo.\n\nThree.") == (
+        "```python\ndef f():\n```\n\n*One,\ntwo.*\n\nThree.")
+    assert docs.slanted("*One.*\n\n- two\n- three") == "*One.*\n\n- two\n- three"
 
 
 def test_the_badge_is_a_link_and_no_figure(tmp_path):

@@ -103,14 +103,17 @@ def order_documentation(nb):
 
 
 def own_arguments(nb, package, longest=20):
-    """Document a class that inherits many arguments by its own ones, as its source writes them; what a long line of
-    inherited ones says stands where they come from."""
+    """Document a class as one, which nbdev writes like a function, and one that inherits many arguments by its own
+    ones, as its source writes them; what a long line of inherited ones says stands where they come from."""
     classes = {n.name: (n, text) for f in package.glob("[a-z]*.py") for text in [f.read_text(encoding="utf-8")]
                for n in ast.parse(text).body if isinstance(n, ast.ClassDef)}
     for cell in nb["cells"]:
         name = shown_name(cell)
         for data in (o.get("data", {}) for o in cell.get("outputs", ())) if name in classes else ():
             text = "".join(data.get("text/markdown", ""))
+            text = re.sub(r"```python\ndef (.*?)\)(?:->None)?:\n```", r"```python\nclass \1)\n```", text,
+                          count=1, flags=re.S)
+            data["text/markdown"] = text
             signature = re.search(r"```python\n(.*?)\n```", text, re.S)
             node, source = classes[name]
             own = [n for n in node.body if isinstance(n, ast.AnnAssign)]
@@ -119,6 +122,11 @@ def own_arguments(nb, package, longest=20):
             bases = " and ".join(ast.unparse(b) for b in node.bases)
             body = "\n".join([f"class {name}(", *lines, f"    **others,   # those of {bases}", ")"])
             data["text/markdown"] = text.replace(signature[1], body)
+
+
+def slanted(markdown):
+    "Set the whole first paragraph of a docstring in italics: nbdev does so with its first line."
+    return re.sub(r"^\*(?!\*)([^\n]+)\*\n(?=\S)(.+?)(?=\n\n|\Z)", r"*\1\n\2*", markdown, flags=re.S | re.M)
 
 
 def mend_pages(staged, package):
@@ -130,6 +138,8 @@ def mend_pages(staged, package):
         order_documentation(nb)
         own_arguments(nb, package)
         for cell in nb["cells"]:
+            for data in (o.get("data", {}) for o in cell.get("outputs", ())) if shown_name(cell) else ():
+                if said := data.get("text/markdown"): data["text/markdown"] = slanted("".join(said))
             printed = [o for o in cell.get("outputs", ()) if o["output_type"] == "stream"]
             blank = [o for o in printed if not "".join(o["text"]).strip()]   # would be a bar beside nothing
             if blank: cell["outputs"] = [o for o in cell["outputs"] if o not in blank]
