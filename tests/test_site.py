@@ -104,6 +104,11 @@ def test_the_badge_is_a_link_and_no_figure(tmp_path):
     assert cell["source"] == ['<a class="colab" href="https://c.example/x.ipynb">Open in Colab</a>']
 
 
+def test_a_default_that_fills_lines_is_left_out():
+    long = "    a:dict={" + "'x': 1, " * 30 + "}, # what\n    b:int=1,\n"
+    assert docs.LONG_DEFAULT.sub(r"\1…", long) == "    a:dict=…, # what\n    b:int=1,\n"
+
+
 def test_an_output_without_a_letter_is_left_out(tmp_path):
     printed = [{"output_type": "stream", "name": "stdout", "text": [text]} for text in ("\n", "one\n")]
     (tmp_path / "20_rows.ipynb").write_text(json.dumps({"cells": [code("f()") | {"outputs": printed}]}))

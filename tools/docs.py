@@ -124,6 +124,9 @@ def own_arguments(nb, package, longest=20):
             data["text/markdown"] = text.replace(signature[1], body)
 
 
+LONG_DEFAULT = re.compile(r"^(    \w+:[^=\n]*=).{121,}?(?=,(?: #.*)?$)", re.M)   # a parameter whose default fills lines
+
+
 def slanted(markdown):
     "Set the whole first paragraph of a docstring in italics: nbdev does so with its first line."
     return re.sub(r"^\*(?!\*)([^\n]+)\*\n(?=\S)(.+?)(?=\n\n|\Z)", r"*\1\n\2*", markdown, flags=re.S | re.M)
@@ -131,15 +134,16 @@ def slanted(markdown):
 
 def mend_pages(staged, package):
     """What nbdev leaves for us to do in the notebooks that it has processed: the order of the documentation, the
-    arguments of a class, outputs without a letter, and the badge, which Quarto would show as a figure with a caption,
-    from another host."""
+    arguments of a class, italics, defaults that fill lines, outputs without a letter, and the badge, which Quarto would
+    show as a figure with a caption, from another host."""
     for path in staged.glob("*.ipynb"):
         nb = json.loads(path.read_text(encoding="utf-8"))
         order_documentation(nb)
         own_arguments(nb, package)
         for cell in nb["cells"]:
             for data in (o.get("data", {}) for o in cell.get("outputs", ())) if shown_name(cell) else ():
-                if said := data.get("text/markdown"): data["text/markdown"] = slanted("".join(said))
+                if not (said := "".join(data.get("text/markdown", ""))): continue
+                data["text/markdown"] = LONG_DEFAULT.sub(r"\1…", slanted(said))
             printed = [o for o in cell.get("outputs", ()) if o["output_type"] == "stream"]
             blank = [o for o in printed if not "".join(o["text"]).strip()]   # would be a bar beside nothing
             if blank: cell["outputs"] = [o for o in cell["outputs"] if o not in blank]
