@@ -1,15 +1,16 @@
 """What a passage costs on this machine when a corpus is encoded, written, mined and merged, whether that stays flat as
 the corpus grows, and what 10 million, 100 million and a billion passages would need.
 
-    python benchmarks/scale.py                          10 000, 100 000 and 300 000 passages
-    python benchmarks/scale.py --sizes 10000 1000000    these sizes
+    python benchmarks/scale.py                          10 000, 100 000 and 1 000 000 passages, a few minutes
+    python benchmarks/scale.py --sizes 10000 40000      these sizes
     python benchmarks/scale.py --encode-rate 900 --encode-hour 2.5 --hours 72     a plan for other machines
 
 The passages are synthetic: 40 random words that a model encodes, and random vectors of the embedded model's widths that
 are written, searched and merged. Encoding is measured on one shard for every size, the last of that corpus, since a
 shard is encoded by itself; everything else is done for the whole corpus. Multi-vectors are written for the smallest
 corpus only, and what they cost is said apart. Seconds are those of the processor but for writing, which waits for the
-disk. Rates that are not measured here (a GPU's) and all prices are parameters, shown with their values.
+disk; a million passages take 2 GB of it while the benchmark runs. Rates that are not measured here (a GPU's) and all
+prices are parameters, shown with their values. `scale_million.txt` is what it printed once, for page 83.
 """
 import argparse
 import sys
@@ -104,7 +105,8 @@ def measure(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 300_000], help="passages of a corpus")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000],
+                        help="passages of a corpus")
     for name, default, about in (("queries", 1000, "queries that are mined for"), ("depth", 200, "candidates of each"),
                                  ("part", 65_536, "passages of a part"), ("texts", 128, "texts encoded for a size")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} ({default:,})")

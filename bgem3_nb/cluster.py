@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['TEXT_RULES', 'ClusterError', 'cluster_session', 'count_workers', 'start_workers', 'run_on_workers', 'find_bad_texts',
            'without_texts', 'encode_on_cluster', 'plain_workers', 'best_of_part', 'merge_candidates',
-           'search_on_cluster', 'candidates_on_cluster', 'rule_on_cluster', 'find_on_cluster']
+           'candidates_on_cluster', 'search_on_cluster', 'rule_on_cluster', 'find_on_cluster']
 
 # %% ../nbs/80_cluster.ipynb #99c10005
 import json
 import logging
 import os
 import shutil
+import socket
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -22,6 +24,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from .adapters import without_lora
 from .encoding import Embeddings, M3Encoder
 from .denoising import containment, jaccard, minhash, same_text
 from .exact_search import (
@@ -33,17 +36,28 @@ from bgem3_nb.store import (
     embed_shard, EmbeddingStore, encode_shard, locked_store, ShardTexts, store_settings,
     StoreWriter)
 
-# %% ../nbs/80_cluster.ipynb #99c10009
+# %% ../nbs/80_cluster.ipynb #99c1003b
 class ClusterError(RuntimeError):
     "Report what a cluster cannot do, in one sentence that says what to change."
 
 def _needs_ray():
     "Import Ray, or say how to get it."
+    logging.getLogger("ray.widgets").setLevel(logging.ERROR)   # it would ask for ipywidgets
     try: import ray
     except ImportError:
         raise ClusterError("a cluster needs Ray: pip install 'bgem3_nb[ray]'") from None
     return ray
 
+def _try_address(cluster):
+    "Raise ClusterError if nothing listens at an address with a port."
+    host, _, port = cluster.removeprefix("ray://").rpartition(":")
+    if not port.isdigit(): return           # "local", "auto"
+    try: socket.create_connection((host.strip("[]"), int(port)), 10).close()
+    except (OSError, ValueError, OverflowError) as e:
+        raise ClusterError(f"no Ray cluster answers at {cluster!r} ({e}); check the address, or "
+                           "\"local\"") from None
+
+# %% ../nbs/80_cluster.ipynb #99c10009
 @contextmanager
 def cluster_session(
     cluster: str = "local",   # "local" for this machine, or the address of a cluster
@@ -51,20 +65,25 @@ def cluster_session(
 ) -> Iterator:                # yields the module `ray`
     "Start or join a cluster, and leave it at the end. Raises ClusterError if none answers."
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")   # the first of several is raised
     ray = _needs_ray()
     if ray.is_initialized():          # the caller's own session, which stays
         yield ray
         return
+    _try_address(cluster)
     where = {"address": cluster}
     if cluster == "local":
         where |= {"num_cpus": cores or os.cpu_count(), "include_dashboard": False,
                   "_system_config": {"health_check_timeout_ms": 60_000}}   # busy is not dead
     logging.getLogger("ray").setLevel(logging.ERROR)
-    try: ray.init(log_to_driver=False, logging_level="ERROR", **where)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")       # its error says the same
+            ray.init(log_to_driver=False, logging_level="ERROR", **where)
     except Exception as e:            # Ray raises a dozen kinds
-        raise ClusterError(f"no Ray cluster could be used at {cluster!r} "
-                           f"({str(e).splitlines()[0][:200]}); check the address, or \"local\""
-                           ) from e
+        said = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise ClusterError(f"no Ray cluster could be used at {cluster!r} ({said}); check the "
+                           "address, or \"local\"") from e
     try: yield ray
     finally: ray.shutdown()
 
@@ -318,7 +337,7 @@ def best_of_part(
     start: int, stop: int,       # numbers of the texts that are searched
     k: int,                      # passages wanted for each query
     weights: dict[str, float],   # mode to weight
-    block: int,                  # passages scored at a time (0 = as `search_candidates` does)
+    block: int = 0,              # passages scored at a time (0 = as `search_candidates` does)
 ) -> Candidates:                 # candidates, by their numbers in the whole store
     "Find the best passages of a part of a store."
     part = _Part(store, start, stop)
@@ -344,34 +363,17 @@ class _PartSearch:
         self.ray, self.store, self.part, self.stall = ray, store, part, stall_seconds
         self.workers, self.asked = plain_workers(ray, workers)
 
-    def best(self, queries, k, weights, block=0):
+    def best(self, queries, k, weights):
         "Return the best passages of the whole store; no more than two results are held."
-        size = block or (1024 if "multi" in weights else 8192)
+        size = 1024 if "multi" in weights else 8192
         size, shared, found = max(size, self.part // size * size), self.ray.put(queries), None
-        calls = (("best", (shared, self.store.path, a, min(a + size, len(self.store)), k, weights,
-                           block)) for a in range(0, len(self.store), size))
+        calls = (("best", (shared, self.store.path, a, min(a + size, len(self.store)), k, weights))
+                 for a in range(0, len(self.store), size))
         answers = run_on_workers(self.ray, calls, self.workers, self.asked, self.stall)
         for _, result, error in answers:
             if error: raise error
             found = merge_candidates([found, result] if found else [result], k)
         return found
-
-def search_on_cluster(
-    queries: Embeddings,
-    path: str | Path,               # directory of a store, which all machines see
-    k: int = 10,                    # passages wanted for each query
-    weights: str | dict[str, float] = {"dense": 1.},   # mode to weight, or a name as for `fuse`
-    cluster: str = "local",         # "local", or the address of a cluster
-    workers: int = 0,               # number of workers (0 = as `count_workers` says)
-    part: int = 65536,              # passages of a part; a whole number of blocks
-    stall_seconds: float = 600.,         # seconds without any answer after which the run ends
-) -> Candidates:
-    "Find the best passages as `search` does, exactly. Raises ClusterError and ValueError."
-    store = EmbeddingStore(Path(path).absolute())
-    weights, k = check_search(queries, store, k, weights, 0)
-    with cluster_session(cluster) as ray:
-        run = _PartSearch(ray, store, part, workers, stall_seconds)
-        return run.best(queries, k, weights, 1024 if "multi" in weights else 8192)
 
 # %% ../nbs/80_cluster.ipynb #99c10031
 def candidates_on_cluster(
@@ -399,6 +401,16 @@ def candidates_on_cluster(
             found = run.best(asked, min(max(candidates, k), len(store)), first)
             return rescore(found, asked, store, weights, k)
         return deeper_by(best(queries, k), known, lambda i, k: best(queries[[i]], k))
+
+def search_on_cluster(
+    queries: Embeddings,
+    path: str | Path,               # directory of a store, which all machines see
+    k: int = 10,                    # passages wanted for each query
+    weights: str | dict[str, float] = {"dense": 1.},   # mode to weight, or a name as for `fuse`
+    **how,                    # `candidates`, `cluster`, `workers`, `part` and `stall_seconds`
+) -> Candidates:
+    "Find the few best passages, as `candidates_on_cluster` does. Raises as it does."
+    return candidates_on_cluster(queries, path, k, weights, **how)
 
 # %% ../nbs/80_cluster.ipynb #99c10033
 TEXT_RULES = {"same text": same_text, "jaccard": jaccard, "containment": containment,
@@ -455,11 +467,13 @@ def find_on_cluster(
     def find(encoder, data, known, k, weights, progress=True, device=None):
         "Encode and search as `encode_and_search`, each worker on its own device."
         shutil.rmtree(folder/"store", ignore_errors=True)      # of the model as it was
-        encoder.model.save_pretrained(folder/"model")
-        opened = partial(M3Encoder.from_pretrained, str(folder/"model"), dtype=encoder.dtype,
-                         max_length=encoder.max_length, batch_tokens=encoder.batch_tokens)
-        outputs = tuple(weights)
-        queries = encoder.encode_queries(data.queries, outputs=outputs)
+        model, outputs = without_lora(encoder.model), tuple(weights)
+        model.save_pretrained(folder/"model")
+        same = dict(max_length=encoder.max_length, batch_tokens=encoder.batch_tokens,
+                    dtype=encoder.dtype)
+        opened = partial(M3Encoder.from_pretrained, str(folder/"model"), **same)
+        asking = M3Encoder(model, device=encoder.device, progress=progress, **same)
+        queries = asking.encode_queries(data.queries, outputs=outputs)
         with cluster_session(cluster):
             store = encode_on_cluster(opened, data.passages, folder/"store", cluster, workers,
                                       outputs=outputs, set_aside=False, progress=progress, **how)

@@ -12,7 +12,6 @@ __all__ = ['M3TrainingArguments', 'count_steps', 'output_widths', 'check_model',
 import ctypes, gc, json, math, os, shutil, time, warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext, suppress
-from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -25,8 +24,9 @@ from torch import nn
 from transformers import (
     EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments)
 
-from .adapters import (
-    adapter_weights, add_lora, check_layers, find_peft, freeze, merge_lora, parameter_groups)
+from bgem3_nb.adapters import (
+    adapter_weights, add_lora, check_layers, find_peft, freeze, merge_lora, parameter_groups,
+    without_lora)
 from .backbone import pick_device, pick_dtype
 from .batches import BatchLabels, BatchOrder, label_matrices, M3Collator, TrainingRows
 from .compression import unit_vectors
@@ -852,12 +852,10 @@ def load_weights(
 
 @patch
 def _save(self: M3Trainer, output_dir=None, state_dict=None):
-    path, model = Path(output_dir or self.args.output_dir), self.model
-    if weights := adapter_weights(model.encoder):
+    path = Path(output_dir or self.args.output_dir)
+    if weights := adapter_weights(self.model.encoder):
         replace_file(path/_ADAPTER_FILE, save(weights))
-        model = deepcopy(model)
-        merge_lora(model.encoder)
-    model.save_pretrained(path)
+    without_lora(self.model).save_pretrained(path)
     replace_file(path/_SETTINGS_FILE, json.dumps(_run_settings(self.args), indent=1).encode())
 
 @patch

@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 from scipy.sparse import csr_matrix
 from tiny_words import tiny, tiny_tokenizer
 
+from bgem3_nb.adapters import adapter_weights, add_lora
 from bgem3_nb.cluster import (
     TEXT_RULES, ClusterError, candidates_on_cluster, cluster_session, count_workers, encode_on_cluster, find_on_cluster,
     rule_on_cluster, search_on_cluster, start_workers)
@@ -213,12 +214,14 @@ def test_gpus_that_nodes_declare_are_given_out_one_to_a_worker(nodes, session, m
     finally: nodes.remove_node(node)
 
 
-def test_what_does_not_fit_is_said(session, model, tmp_path):
+def test_what_does_not_fit_is_said(session, model, tmp_path, capfd):
+    "One error is raised, though two workers have it; Ray prints none."
     with pytest.raises(ClusterError, match="differ in model, marks"):
         encode_on_cluster(partial(open_own, str(model)), TEXTS, tmp_path/"b", workers=2, threads=1, **SETTINGS)
     with pytest.raises(ValueError, match="/nowhere/at/all: there is no such directory"):
-        encode_on_cluster(partial(M3Encoder.from_pretrained, "/nowhere/at/all"), TEXTS, tmp_path/"c", threads=1,
-                          **SETTINGS)
+        encode_on_cluster(partial(M3Encoder.from_pretrained, "/nowhere/at/all"), TEXTS, tmp_path/"c", workers=2,
+                          threads=1, **SETTINGS)
+    assert "Unhandled error" not in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -266,12 +269,17 @@ def test_rules_over_parts_measure_what_one_process_measures(session):
 
 
 def test_mining_in_training_takes_a_cluster(session, model, tmp_path):
-    "The same rows as in memory."
+    "The same rows as in memory, by the model as it is in a training with adapters, which keeps them."
+    pytest.importorskip("peft")
     rows = make_rows([{"query": f"w{i % 40} w{i // 40}", "pos": [t]} for i, t in enumerate(TEXTS)])
-    encoder = M3Encoder(M3Encoder.from_pretrained(model).model, max_length=12, progress=False)
+    net = M3Encoder.from_pretrained(model).model
+    add_lora(net, 2)
+    for weights in adapter_weights(net.encoder).values(): torch.nn.init.normal_(weights, std=.1)
+    encoder = M3Encoder(net, max_length=12, dtype=torch.float32, progress=False)
     how = dict(mix="0-9", num_negatives=3, progress=False)
     one, counts = mine_hard_negatives(encoder, rows, **how)
     find = find_on_cluster(tmp_path, threads=1, shard_size=16, multi_dtype="float32")
     many, same = mine_hard_negatives(encoder, rows, find=find, **how)
     assert many["neg_ids"] == one["neg_ids"] and same == counts
     assert abs(np.array(many["neg_scores"]) - np.array(one["neg_scores"])).max() < 1e-5
+    assert adapter_weights(net.encoder)

@@ -72,8 +72,8 @@ OWN_MEANING = {("compare", "data"), ("prepare", "test"), ("project", "source"), 
                ("index", "source"), ("encode", "source"), ("distil", "source"), ("mine", "distractors"),
                ("distil", "batch_size"),
                ("project", "learning_rate"), ("compare", "passage_length"),
-               ("train", "test"), ("train", "valid"), ("specialist", "language"), ("project", "epochs"),
-               ("evaluate", "modes"), ("project", "matryoshka")}
+               ("train", "test"), ("train", "valid"), ("train", "cluster"), ("specialist", "language"),
+               ("project", "epochs"), ("evaluate", "modes"), ("project", "matryoshka")}
 
 
 def test_a_name_means_the_same_in_every_job():

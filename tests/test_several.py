@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -105,9 +107,10 @@ def test_one_process_fails(toy, env, tmp_path):
     assert "job 'toy' failed: ValueError: data/x.jsonl, line 7: no positive\n" in said["first"]
     assert "job 'toy' failed: process 1: ValueError: data/x.jsonl, line 7: no positive\n" in said["other"]
     assert "job 'toy' failed: process 1 was ended by SIGKILL (out of memory?)\n" in said["killed"]
+    assert "the output of its processes: other/logs/process-1.log\n" in said["other"]
     assert "line 7: no positive" in (tmp_path / "other" / "logs" / "process-1.log").read_text()
     for name in done:
-        assert "Traceback" not in said[name]
+        assert not {"Traceback", "KeyboardInterrupt", "stopping"} & {*re.findall(r"\w+", said[name])}, said[name]
         assert {p.name for p in (tmp_path / name).iterdir()} - {".lock"} == {"logs", "run.json", "toy.failed.ipynb"}
 
 
@@ -309,11 +312,11 @@ def material(tmp_path_factory):
     return path
 
 
-def train(material, out, *more, steps=8, validations=2, batch_size=4):
+def train(material, out, *more, **other):
     "The command of a short training."
     given = {"source": material / "rows.jsonl", "model": material / "model", "test": "[b]", "valid": "0.3",
-             "steps": steps, "batch_size": batch_size, "validations": validations, "lexical_warm_up": 5,
-             "passage_length": 60, "search_length": 60, "panel": "[]", "precision": "fp32", "learning_rate": 1e-3}
+             "steps": 8, "batch_size": 4, "validations": 2, "lexical_warm_up": 5, "passage_length": 60,
+             "search_length": 60, "panel": "[]", "precision": "fp32", "learning_rate": 1e-3, **other}
     return ["train", *(w for k, v in given.items() for w in ("-p", k, v)), "--no-progress", "--out", out, *more]
 
 
@@ -335,10 +338,10 @@ def equal(a, b):
 
 
 def test_two_processes_train_as_one(material, env, tmp_path):
-    """Two processes make the run of one: the same metrics, losses and weights. So does one process that goes on, on
-    another machine, from the checkpoints of two that SIGTERM has ended."""
+    """Two processes make the run of one, with negatives mined in every epoch: the same metrics, losses and weights. So
+    does one process that goes on, on another machine, from the checkpoints of two that SIGTERM has ended."""
     bucket = f"file://{tmp_path}/bucket"
-    long = dict(steps=24, validations=12)
+    long = dict(steps=24, validations=12, negatives=2, mine_every=1)
 
     def run(name, *more, stop=False, **settings):
         process = begin(env, tmp_path, *train(material, name, *more, **settings))
@@ -355,6 +358,10 @@ def test_two_processes_train_as_one(material, env, tmp_path):
         code, said = run(name, *more, **long)
         assert code == 0, said
     equal(results(tmp_path / "one"), results(tmp_path / "two"))
+    mined = [{p.name: pq.read_table(p)["neg"].to_pylist() for p in (tmp_path / name).rglob("mined-*")}
+             for name in ("one", "two")]
+    assert mined[0] == mined[1] and len(mined[0]) > 3
+    assert len({str(negatives) for negatives in mined[0].values()}) > 1      # an epoch's are its own
     log = (tmp_path / "two" / "logs" / "process-1.log").read_text()
     assert "step   24  validation" in log and "nDCG@10 on" not in log     # it trains, and does not report
     wrote = json.loads((tmp_path / "two" / "run.json").read_text())["wrote"]
@@ -368,6 +375,17 @@ def test_two_processes_train_as_one(material, env, tmp_path):
     equal(results(tmp_path / "one"), results(tmp_path / "resumed"))
     CheckpointStore(bucket).get("result", tmp_path / "fetched")
     assert (tmp_path / "fetched" / "model" / "config.json").exists()
+
+
+def test_two_processes_learn_from_a_teacher_as_one(material, launch, env, tmp_path):
+    "The first process mines and scores for all; the same metrics, losses and weights."
+    how = dict(steps=3, validations=1, negatives=2, teacher=material / "model", lexical_warm_up=0)
+    two = begin(env, tmp_path, *train(material, "two", "--nproc", 2, **how))
+    one, said = launch(*train(material, "one", **how)), two.communicate(timeout=400)
+    assert (one.returncode, two.returncode) == (0, 0), (one.stderr, said)
+    equal(results(tmp_path / "one"), results(tmp_path / "two"))
+    log = json.loads((tmp_path / "two" / "metrics.json").read_text())["training"]["unified"]
+    assert any("teacher" in key for line in log for key in line), log
 
 
 def test_a_batch_that_cannot_be_shared(material, env, tmp_path):

@@ -84,6 +84,16 @@ def test_a_class_is_shown_by_its_own_arguments(tmp_path):
     a, b = ("".join(c["outputs"][0]["data"]["text/markdown"]) for c in nb["cells"])
     assert a == f"### A\n\n```python\nclass A(\n{own}    **others,   # those of Base\n)\n```\n\nText"
     assert b == signature
+    nb = {"cells": [code("show_doc(A)", "### A\n\n```python\ndef A(\n    x:int=1\n)->None:\n```\n\n*One.*")]}
+    docs.own_arguments(nb, tmp_path)
+    assert "".join(nb["cells"][0]["outputs"][0]["data"]["text/markdown"]) == (
+        "### A\n\n```python\nclass A(\n    x:int=1\n)\n```\n\n*One.*")
+
+
+def test_the_first_paragraph_of_a_docstring_is_in_italics():
+    assert docs.slanted("```python\ndef f():\n```\n\n*One,*\ntwo.\n\nThree.") == (
+        "```python\ndef f():\n```\n\n*One,\ntwo.*\n\nThree.")
+    assert docs.slanted("*One.*\n\n- two\n- three") == "*One.*\n\n- two\n- three"
 
 
 def test_the_badge_is_a_link_and_no_figure(tmp_path):
@@ -92,6 +102,18 @@ def test_the_badge_is_a_link_and_no_figure(tmp_path):
     docs.mend_pages(tmp_path, tmp_path)
     cell = json.loads((tmp_path / "20_rows.ipynb").read_text())["cells"][0]
     assert cell["source"] == ['<a class="colab" href="https://c.example/x.ipynb">Open in Colab</a>']
+
+
+def test_a_default_that_fills_lines_is_left_out():
+    long = "    a:dict={" + "'x': 1, " * 30 + "}, # what\n    b:int=1,\n"
+    assert docs.LONG_DEFAULT.sub(r"\1…", long) == "    a:dict=…, # what\n    b:int=1,\n"
+
+
+def test_an_output_without_a_letter_is_left_out(tmp_path):
+    printed = [{"output_type": "stream", "name": "stdout", "text": [text]} for text in ("\n", "one\n")]
+    (tmp_path / "20_rows.ipynb").write_text(json.dumps({"cells": [code("f()") | {"outputs": printed}]}))
+    docs.mend_pages(tmp_path, tmp_path)
+    assert json.loads((tmp_path / "20_rows.ipynb").read_text())["cells"][0]["outputs"] == printed[1:]
 
 
 def test_every_picture_has_a_text(tmp_path):
@@ -107,13 +129,20 @@ def test_every_picture_has_a_text(tmp_path):
     assert bad[2] == "20_rows.ipynb: ![](images/x.png) has no text"
 
 
-def test_widgets_are_taken_out(tmp_path):
+def test_what_other_hosts_would_send_is_taken_out(tmp_path):
     page = tmp_path / "a.html"
     page.write_text('<head><script src="https://cdn.jsdelivr.net/npm/requirejs@2.3.6/require.min.js" integrity="x">'
                     '</script>\n<script src="own.js"></script>\n<script type="application/javascript">'
                     "define('jquery', [],function() {return window.jQuery;})</script></head>")
-    docs.without_widgets(tmp_path)
+    style = tmp_path / "libs" / "theme.css"
+    style.parent.mkdir()
+    own = """:root{color:#fff}a{background:url('data:image/svg+xml,<svg xmlns="http://www.w3.org/2000/svg"/>')}"""
+    style.write_text('@import"https://fonts.example.com/css2?family=Lato:wght@400;700&display=swap";' + own)
+    assert [b for b in docs.check(tmp_path, [], "https://b.example")[0] if b.startswith("theme.css: needs")]
+    docs.without_other_hosts(tmp_path)
     assert page.read_text() == '<head><script src="own.js"></script>\n</head>'
+    assert style.read_text() == own
+    assert not [b for b in docs.check(tmp_path, [], "https://b.example")[0] if "needs another host" in b]
 
 
 def test_the_font_has_what_formulas_need(tmp_path):

@@ -1,6 +1,7 @@
 """The options of the job `train`: contradictions end it before any data is read, the others do what they say."""
 import json
 import re
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pandas as pd
@@ -22,7 +23,7 @@ def settings_cell(tmp_path, **changed):
     from bgem3_nb.training import M3TrainingArguments, check_same
     names = {k: p.default for k, p in params.items()} | changed | {
         "out": tmp_path, "check_kinds": check_kinds, "stage_plan": stage_plan,
-        "M3TrainingArguments": M3TrainingArguments, "check_same": check_same, "settings": {},
+        "M3TrainingArguments": M3TrainingArguments, "check_same": check_same, "settings": {}, "ExitStack": ExitStack,
         "report": SimpleNamespace(params=params)}
     exec("".join(next(c for c in cells if c["id"] == "52a00002")["source"]), names)
     return names
@@ -43,6 +44,7 @@ def settings_cell(tmp_path, **changed):
     (dict(teacher="embedded"), "teacher is about hard negatives"),
     (dict(mine_every=1), "mine_every is about hard negatives"),
     (dict(mine_every=1, teacher="rows", negatives=2), "set one of the two"),
+    (dict(cluster="local"), "cluster is for mining between epochs"),
     (dict(watch="quran", panel=[]), "watch is 'quran', and the panel has no set"),
     (dict(watch="quran", retained_share=1.1), "retained_share must be above 0 and at most 1"),
     (dict(query_kinds={"rhymes": .1}), "there is no kind 'rhymes' of queries"),

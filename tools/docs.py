@@ -103,14 +103,17 @@ def order_documentation(nb):
 
 
 def own_arguments(nb, package, longest=20):
-    """Document a class that inherits many arguments by its own ones, as its source writes them; what a long line of
-    inherited ones says stands where they come from."""
+    """Document a class as one, which nbdev writes like a function, and one that inherits many arguments by its own
+    ones, as its source writes them; what a long line of inherited ones says stands where they come from."""
     classes = {n.name: (n, text) for f in package.glob("[a-z]*.py") for text in [f.read_text(encoding="utf-8")]
                for n in ast.parse(text).body if isinstance(n, ast.ClassDef)}
     for cell in nb["cells"]:
         name = shown_name(cell)
         for data in (o.get("data", {}) for o in cell.get("outputs", ())) if name in classes else ():
             text = "".join(data.get("text/markdown", ""))
+            text = re.sub(r"```python\ndef (.*?)\)(?:->None)?:\n```", r"```python\nclass \1)\n```", text,
+                          count=1, flags=re.S)
+            data["text/markdown"] = text
             signature = re.search(r"```python\n(.*?)\n```", text, re.S)
             node, source = classes[name]
             own = [n for n in node.body if isinstance(n, ast.AnnAssign)]
@@ -121,14 +124,29 @@ def own_arguments(nb, package, longest=20):
             data["text/markdown"] = text.replace(signature[1], body)
 
 
+LONG_DEFAULT = re.compile(r"^(    \w+:[^=\n]*=).{121,}?(?=,(?: #.*)?$)", re.M)   # a parameter whose default fills lines
+
+
+def slanted(markdown):
+    "Set the whole first paragraph of a docstring in italics: nbdev does so with its first line."
+    return re.sub(r"^\*(?!\*)([^\n]+)\*\n(?=\S)(.+?)(?=\n\n|\Z)", r"*\1\n\2*", markdown, flags=re.S | re.M)
+
+
 def mend_pages(staged, package):
     """What nbdev leaves for us to do in the notebooks that it has processed: the order of the documentation, the
-    arguments of a class, and the badge, which Quarto would show as a figure with a caption, from another host."""
+    arguments of a class, italics, defaults that fill lines, outputs without a letter, and the badge, which Quarto would
+    show as a figure with a caption, from another host."""
     for path in staged.glob("*.ipynb"):
         nb = json.loads(path.read_text(encoding="utf-8"))
         order_documentation(nb)
         own_arguments(nb, package)
         for cell in nb["cells"]:
+            for data in (o.get("data", {}) for o in cell.get("outputs", ())) if shown_name(cell) else ():
+                if not (said := "".join(data.get("text/markdown", ""))): continue
+                data["text/markdown"] = LONG_DEFAULT.sub(r"\1…", slanted(said))
+            printed = [o for o in cell.get("outputs", ()) if o["output_type"] == "stream"]
+            blank = [o for o in printed if not "".join(o["text"]).strip()]   # would be a bar beside nothing
+            if blank: cell["outputs"] = [o for o in cell["outputs"] if o not in blank]
             if cell["cell_type"] == "markdown" and (badge := BADGE.fullmatch("".join(cell["source"]).strip())):
                 cell["source"] = [f'<a class="colab" href="{badge[1]}">Open in Colab</a>']
         path.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -173,11 +191,16 @@ WIDGETS = re.compile(r"<script[^>]*src=\"https://cdn\.jsdelivr\.net/npm/(?:requi
                      r"<script[^>]*>define\('jquery'[^<]*</script>\s*")
 
 
-def without_widgets(site):
-    """Take the libraries of Jupyter's widgets out of the pages: Quarto links them wherever an output is HTML, and no
-    page has a widget."""
+FONTS = re.compile(r"""@import\s*(?:url\()?["']?https?://[^"')]*["']?\)?;""")   # a theme's letters, from another host
+
+
+def without_other_hosts(site):
+    """Take out of the site what other hosts would have to send: the libraries of Jupyter's widgets, which Quarto links
+    wherever an output is HTML (no page has a widget), and the fonts of its themes, for which the reader's own stand."""
     for page in site.glob("*.html"):
         page.write_text(WIDGETS.sub("", page.read_text(encoding="utf-8")), encoding="utf-8")
+    for style in site.rglob("*.css"):
+        style.write_text(FONTS.sub("", style.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 HOME = ("index.ipynb", "index_vi.ipynb")   # the first page, and the same in Vietnamese
@@ -238,7 +261,7 @@ def api_page(nbs, package):
     def row(name, module, says):
         escaped = says.replace("|", chr(92) + "|")
         return f"| [`{name}`]({notebook[module]}#{name.lower()}) | {escaped} |"
-    out = ["# Public names", "", "> What can be imported, and where it is explained.", "",
+    out = ["---", "title: Public names", "description: What can be imported, and where it is explained.", "---", "",
            "## `from bgem3_nb import …`", "", "| name | |", "|---|---|"]
     out += [row(name, module, modules[module].get(name, "")) for name, module in front.items()]
     for module in order:
@@ -324,6 +347,9 @@ def check(site, notebooks, url):
             if not target.is_file(): bad.append(f"{page.file.name}: {ref} leads nowhere")
             elif anchor and target in pages and unquote(anchor) not in pages[target].ids: bad.append(
                 f"{page.file.name}: {ref}: no such heading")
+    for style in site.rglob("*.css"):
+        foreign = re.findall(r"""(?:@import\s*|url\()["']?(?:https?:)?(//[^"')]+)""", style.read_text(encoding="utf-8"))
+        bad += [f"{style.name}: needs another host: {source}" for source in foreign]
     formulas = sum(p.formulas for p in pages.values())
     return bad, f"{len(pages)} pages, {formulas} formulas, {local} local links and pictures"
 
@@ -346,11 +372,11 @@ def main():
         shutil.rmtree(cfg.doc_path, ignore_errors=True)
         subprocess.run(["quarto", "render", "--no-cache"], cwd=staged, check=True)
         site, by, bad = Path(shutil.move(staged / cfg.doc_path.name, cfg.doc_path)), "Quarto", []
-        without_widgets(site)
     else:
         site, by = cfg.config_path / "_site", "smalldocs, a smoke build: the published site is Quarto's"
         shutil.rmtree(site, ignore_errors=True)
         bad = smalldocs(staged, site)
+    without_other_hosts(site)
     wrong, summary = check(site, notebooks, url)
     for problem in bad + wrong: print(problem, file=sys.stderr)
     print(f"{site.name}/index.html ({by}): {summary}, {len(bad + wrong)} problems")
