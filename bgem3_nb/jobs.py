@@ -802,7 +802,8 @@ def _stoppable(started):
     def on_signal(number, frame):
         came.append(number)
         if len(came) > 1: raise KeyboardInterrupt
-        print("bgem3-job: stopping; once more to stop at once", file=sys.stderr, flush=True)
+        if number == signal.SIGINT:      # a person waits
+            print("bgem3-job: stopping; once more to stop at once", file=sys.stderr, flush=True)
         running = [k.provisioner for k in started if k.has_kernel and k.provisioner]
         if not running: raise KeyboardInterrupt
         for p in running:
@@ -837,6 +838,16 @@ class _Report:
         except OSError: pass  # nobody reads any more: the run goes on
 
     def flush(self): pass
+
+
+class _Errors:
+    "Pass on what a notebook writes to stderr, until the run is stopped."
+    def __init__(self, came): self.came = came
+
+    def write(self, text):
+        if not self.came: sys.stderr.write(text)
+
+    def flush(self): sys.stderr.flush()
 
 # %% ../nbs/48_jobs.ipynb #8c1d0e22
 _MARKER, _LOCK, _PARTS = "run.json", ".lock", "parts"
@@ -1035,6 +1046,13 @@ class JobFailed(RuntimeError):
         self.notebook, self.code = notebook, code
 
 # %% ../nbs/48_jobs.ipynb #d70eb894
+def _read_on(plan, failed, error):
+    "Return the log of the process that failed, or else the notebook."
+    other = re.match(r"failed: process ([1-9]\d*)\b", error)
+    log = plan.out/"logs"/f"process-{other[1]}.log" if other else failed
+    return log if log.is_file() else failed
+
+
 def execute_plan(
     plan: JobPlan,
     force: bool = False,      # overwrite a finished run
@@ -1049,7 +1067,9 @@ def execute_plan(
         _needs("nbformat").write(_prepared(plan.notebook), running)
         code, error = (run or _run_cells)(plan, running, progress)
         _settle(running, done if code == 0 else failed, plan)
-        if code: raise JobFailed(f"job {plan.name!r} {error}", failed, code)
+        if code:
+            read_on = _read_on(plan, failed, error)
+            raise JobFailed(f"job {plan.name!r} {error}", read_on, code)
         _write_html(done, page, hide_code)
         if text := summary_text(done): print(text)
         if unmet := unmet_requirements(done):
@@ -1067,8 +1087,9 @@ def _run_cells(plan, running, progress):
         try:
             papermill.execute_notebook(
                 path, path, parameters=_changed(plan, progress), kernel_name="python3",
-                language="python", progress_bar=False, stdout_file=report, stderr_file=sys.stderr,
-                on_cell_start=report.starts, on_cell_executed=report.ends,
+                language="python", progress_bar=False, stdout_file=report,
+                stderr_file=_Errors(came), on_cell_start=report.starts,
+                on_cell_executed=report.ends,
                 kernel_manager_class=_kernel_class(progress, started))
             return 0, ""
         except BaseException as e:
