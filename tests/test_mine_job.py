@@ -83,4 +83,5 @@ def test_wrong_parameters(small, launch, tmp_path, more, wanted):
     assert wanted in done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     assert not (tmp_path / "run" / "train.jsonl").exists()
-    assert (tmp_path / "run" / "mine.failed.ipynb").is_file()
+    seen_before = "mix" not in more                 # before anything runs; the others by the run
+    assert (tmp_path / "run" / "mine.failed.ipynb").is_file() != seen_before

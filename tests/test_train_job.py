@@ -37,6 +37,9 @@ def test_bad_input(name, tmp_path, launch):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     for part in wanted: assert part in done.stderr, done.stderr
+    if name == "no such file":                       # seen before anything runs
+        assert not (tmp_path / "run").exists()
+        return
     left = sorted(p.name for p in (tmp_path / "run").iterdir() if p.name != ".lock")
     assert left == ["run.json", "train.failed.ipynb"], left
 
