@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EMBEDDING_PARTS', 'FAMILIAR', 'WINDOW', 'row_numbers', 'Embeddings', 'token_batches', 'lexical_rows', 'mean_states',
            'read_states', 'check_container', 'check_texts', 'warn_truncated', 'is_out_of_memory', 'free_cache',
-           'TokenBudget', 'model_marks', 'refuse_familiar', 'M3Encoder', 'EncoderPool']
+           'TokenBudget', 'model_marks', 'refuse_familiar', 'M3Encoder', 'gpu_streams', 'on_streams', 'EncoderPool']
 
 # %% ../nbs/02_encoding.ipynb #d6fd8354
 import os, tempfile, warnings
@@ -18,6 +18,7 @@ from difflib import get_close_matches
 from hashlib import blake2b
 from importlib import import_module
 from inspect import signature
+from queue import SimpleQueue
 
 import numpy as np
 import torch
@@ -421,6 +422,7 @@ class M3Encoder:
         self.max_length, self.progress = default_length(model, max_length), progress
         packs = not compile and PackedEncoder.supports(model.encoder, self.device, self.dtype)
         self.packed = PackedEncoder(model.encoder, self.dtype) if packs else None
+        self.streams = gpu_streams(self.device)
         self.forward = torch.compile(model.encoder, dynamic=True) if compile else model.encoder
 
     @classmethod
@@ -523,6 +525,30 @@ def run_within_memory(self: M3Encoder,
     first = self.run_within_memory(batch[:half], work, budget)
     return first + self.run_within_memory(batch[half:], work, budget)
 
+# %% ../nbs/02_encoding.ipynb #02b0a001
+def gpu_streams(
+    device: torch.device,
+    count: int = 3,   # batches that are at work at a time
+) -> list:            # empty where the device is no GPU of NVIDIA's kind
+    "Make streams of a GPU."
+    return [torch.cuda.Stream(device) for _ in range(count)] if device.type == "cuda" else []
+
+def on_streams(
+    run,             # function of one argument; what it returns is on the CPU
+    streams: list,   # streams of one GPU
+):                   # the same function, for as many threads as there are streams
+    "Let each call compute on a stream of its own, after all that was begun before."
+    free, begun = SimpleQueue(), torch.cuda.current_stream(streams[0].device)
+    for stream in streams:
+        stream.wait_stream(begun)
+        free.put(stream)
+    def call(batch):
+        stream = free.get()
+        try:
+            with torch.cuda.stream(stream): return run(batch)
+        finally: free.put(stream)
+    return call
+
 # %% ../nbs/02_encoding.ipynb #b11f2390
 @patch
 def _run_batches(self: M3Encoder,
@@ -531,9 +557,11 @@ def _run_batches(self: M3Encoder,
     budget: TokenBudget,   # limits of this call
     bar=None,              # progress bar that counts texts
 ) -> list:                 # all results of `work`, in order
-    "Call `work` on every batch, side by side on the CPU's cores."
-    results, run = [], lambda b: self.run_within_memory(b, work, budget)
-    with cpu_thread_pool(len(batches) if self.device.type == "cpu" else 1) as pool:
+    "Call `work` on every batch, side by side on the CPU's cores or on streams of the GPU."
+    results, run, tasks = [], lambda b: self.run_within_memory(b, work, budget), len(batches)
+    if self.device.type == "cuda": run, tasks = on_streams(run, self.streams), len(self.streams)
+    elif self.device.type != "cpu": tasks = 1
+    with cpu_thread_pool(tasks) as pool:
         for batch, result in zip(batches, pool.map(run, batches)):
             results += result
             if bar is not None: bar.update(len(batch))

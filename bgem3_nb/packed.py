@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import torch
 from fastcore.basics import patch
+
+try: from torch.nn.attention.varlen import varlen_attn
+except ImportError: varlen_attn = None     # torch before 2.10
 
 # %% ../nbs/98_packed.ipynb #766643dd
 class _PackedLinear:
@@ -62,19 +65,27 @@ def _attend_within_texts(
     return out.transpose(1, 2).reshape(len(qkv), -1)
 
 # %% ../nbs/98_packed.ipynb #98c00021
+def _text_offsets(
+    lengths: list[int],      # tokens of each text, at least 1
+    device: torch.device,
+) -> torch.Tensor:           # (texts + 1,) int32, where each text begins, and the end
+    "Say where texts begin that are laid end to end."
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
 def _attend_ragged(
     qkv: torch.Tensor,       # (tokens, 3 * d) queries, keys and values of all texts, end to end
-    lengths: torch.Tensor,   # (texts,) tokens of each text, at least 1
-    longest: int,            # the largest of them
+    offsets: torch.Tensor,   # (texts + 1,) int32, from `_text_offsets`
+    longest: int,            # most tokens of a text
     heads: int,              # attention heads
 ) -> torch.Tensor:           # (tokens, d)
     "Compute self-attention within each text, in one call for texts of any lengths."
-    width, offsets = qkv.shape[1] // (3 * heads), torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)     # [tokens, heads, width] each
+    if varlen_attn and qkv.is_cuda:
+        return varlen_attn(q, k, v, offsets, offsets, longest, longest).reshape(len(qkv), -1)
     def jagged(x):           # [tokens, heads, width] -> [texts, heads, ragged, width]
         return torch.nested.nested_tensor_from_jagged(
-            x.contiguous(), offsets, min_seqlen=1, max_seqlen=longest).transpose(1, 2)
-    q, k, v = map(jagged, qkv.view(-1, 3, heads, width).unbind(1))
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            x.contiguous(), offsets.long(), min_seqlen=1, max_seqlen=longest).transpose(1, 2)
+    out = torch.nn.functional.scaled_dot_product_attention(*map(jagged, (q, k, v)))
     return out.transpose(1, 2).values().reshape(len(qkv), -1)
 
 @cache
@@ -89,7 +100,7 @@ def has_ragged_attention(
         lengths, heads, random = [5, 1, 70], 2, torch.Generator().manual_seed(0)
         qkv = torch.randn(sum(lengths), 3 * 128, generator=random).to(device, dtype)
         with torch.no_grad():
-            found = _attend_ragged(qkv, torch.tensor(lengths, device=device), max(lengths), heads)
+            found = _attend_ragged(qkv, _text_offsets(lengths, device), max(lengths), heads)
             wanted = [_attend_within_texts(part, len(part), heads)
                       for part in qkv.float().split(lengths)]
         return bool((found.float() - torch.cat(wanted)).abs().max() < .05)
@@ -147,8 +158,8 @@ def _attention(self: PackedEncoder,
     "Make the attention of one batch, which is the same in every layer."
     heads = self.encoder.config.num_attention_heads
     if self.ragged:
-        counts = torch.tensor(lengths, device=self.encoder.device)
-        return lambda qkv: _attend_ragged(qkv, counts, max(lengths), heads)
+        offsets, longest = _text_offsets(lengths, self.encoder.device), max(lengths)
+        return lambda qkv: _attend_ragged(qkv, offsets, longest, heads)
     runs = [(n, sum(1 for _ in same)) for n, same in groupby(lengths)]
     def attend(qkv):
         parts = qkv.split([n * texts for n, texts in runs])
