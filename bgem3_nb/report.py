@@ -812,7 +812,8 @@ def model_in_words(
     costs: dict,   # result of `join_costs`
 ) -> str:
     "Say in plain words what kind of system a model is."
-    if "words" in costs.get("bytes", {}): return "search by shared words (BM25), without a model"
+    if "words" in costs.get("bytes", {}):
+        return "search by shared words (BM25), without a model; finds nothing across languages"
     size, modes = costs.get("parameters"), list(costs.get("bytes", {}))
     if not modes: return "results or a service of others"
     kinds = {"dense": "a vector per text", "lexical": "weighted terms", "multi": "one per token"}
