@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib import import_module
 from itertools import accumulate, groupby
 
 import torch
 from fastcore.basics import patch
-
-try: from torch.nn.attention.varlen import varlen_attn
-except ImportError: varlen_attn = None     # torch before 2.10
 
 # %% ../nbs/98_packed.ipynb #766643dd
 class _PackedLinear:
@@ -64,6 +62,13 @@ def _attend_within_texts(
     else: out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).reshape(len(qkv), -1)
 
+# %% ../nbs/98_packed.ipynb #98c00032
+@cache
+def _varlen_attention():
+    "Get PyTorch's attention over texts laid end to end; None before version 2.10."
+    try: return import_module("torch.nn.attention.varlen").varlen_attn
+    except ImportError: return None
+
 # %% ../nbs/98_packed.ipynb #98c00021
 def _text_offsets(
     lengths: list[int],      # tokens of each text, at least 1
@@ -80,7 +85,7 @@ def _attend_ragged(
 ) -> torch.Tensor:           # (tokens, d)
     "Compute self-attention within each text, in one call for texts of any lengths."
     q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)     # [tokens, heads, width] each
-    if varlen_attn and qkv.is_cuda:
+    if qkv.is_cuda and (varlen_attn := _varlen_attention()):
         return varlen_attn(q, k, v, offsets, offsets, longest, longest).reshape(len(qkv), -1)
     def jagged(x):           # [tokens, heads, width] -> [texts, heads, ragged, width]
         return torch.nested.nested_tensor_from_jagged(

@@ -101,11 +101,13 @@ def test_what_cannot_be_used_and_what_cannot_be_paid(server, tmp_path):
         server.script = [action]
         with pytest.raises(EndpointError, match=f"0 of 30 texts are embedded, then: {why}"):
             EmbeddingCaller(endpoint).embed(TEXTS)
-    poor = EmbeddingCaller(Endpoint("m", server.url, price_in=1e6), tmp_path/"c.sqlite", budget=200., batch=5)
+    poor = EmbeddingCaller(Endpoint("m", server.url, price_in=1e6), tmp_path/"c.sqlite", budget=200., batch=5,
+                           concurrency=1)
     with pytest.raises(EndpointError, match="texts are embedded, then: the budget of 200 has"): poor.embed(TEXTS)
     paid, asked = poor.budget.spent, sum(server.seen.values())
     assert 0 < paid <= 200 and 0 < asked < 30 and paid == 3 * asked - (1 if TEXTS[0] in server.seen else 0)
-    rest = EmbeddingCaller(Endpoint("m", server.url, price_in=1e6), tmp_path/"c.sqlite", budget=paid, batch=5)
+    rest = EmbeddingCaller(Endpoint("m", server.url, price_in=1e6), tmp_path/"c.sqlite", budget=paid, batch=5,
+                           concurrency=1)
     with pytest.raises(EndpointError, match=f"{asked} of 30 texts are embedded, then: the budget"): rest.embed(TEXTS)
     assert rest.budget.spent == paid and sum(server.seen.values()) == asked
 
